@@ -1,0 +1,213 @@
+"""The bridge between a cache that owns its storage and a stock transformers model.
+
+A cache layer's `update` sees keys and values but no queries or mask; the attention function sees queries
+and mask but no cache. So when the model's attention implementation is `strop`, `update` returns a handle
+in place of the keys, and the attention function registered under that name finds the handle and calls
+`layer.attend`. Under any other implementation the layer hands out dense keys and values: correct, not fused.
+
+Not covered: attention sinks as learned logits (`s_aux`), position biases, paged caches; they are refused.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from strop.core.attention import attend_dense, causal, group_queries, ungroup
+from strop.core.errors import StropError
+
+IMPLEMENTATION = "strop"
+
+
+class Ref:
+    """What stands where attention expects keys and values: a handle on the layer that holds them."""
+
+    def __init__(self, layer: "AttendingLayer") -> None:
+        self.layer = layer
+
+
+class AttendingLayer(CacheLayerMixin):
+    """A cache layer that stores keys and values its own way and computes attention over them.
+
+    A subclass owns `append`, `attend` and `dense`, and the batch operations of transformers' cache layers.
+    Positions are columns of the padded batch: column c holds the c-th token of every row, pads included.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.seen = 0
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take the newest tokens' keys and values `[B, H_kv, q, D]`."""
+
+    @abstractmethod
+    def attend(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """Attention of the newest q tokens over everything held.
+
+        `query` `[B, H_q, q, D]`; `mask` bool `[B, 1 or H_q, q, T]` over true columns, or None for plain
+        causal attention without padding. Returns `[B, q, H_q, D]` in the query's dtype.
+        """
+
+    @abstractmethod
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All keys and values as the model would see them, `[B, H_kv, T, D]` each, in true columns."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Compact what no later step will need as it is; called on the plain path before an append."""
+
+    @abstractmethod
+    def tensors(self) -> Iterable[Tensor]:
+        """Every tensor held, bookkeeping included."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        fused = self.config._attn_implementation == IMPLEMENTATION
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        elif not fused:
+            self.settle()
+        self.append(key_states, value_states)
+        self.seen += key_states.shape[-2]
+        return (Ref(self), Ref(self)) if fused else self.dense()
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+
+class KVCache(DynamicCache):
+    """A transformers cache whose full-attention layers are strop's; sliding-window layers stay stock."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        make_layer: Callable[[PretrainedConfig], AttendingLayer],
+    ) -> None:
+        """Raise StropError when the model has no full-attention layer to replace."""
+        super().__init__(config=config)
+        decoder = config.get_text_config(decoder=True)
+        self.layers = [
+            make_layer(decoder) if type(layer) is DynamicLayer else layer for layer in self.layers
+        ]
+        if not self.attending:
+            raise StropError(
+                "no layer of this model keeps a full-attention cache (all use a sliding window or "
+                "carry a state), so a kv method has nothing to work on: leave the kv slot empty"
+            )
+
+    @property
+    def attending(self) -> list[AttendingLayer]:
+        """The layers that strop holds; the rest are transformers' own."""
+        return [layer for layer in self.layers if isinstance(layer, AttendingLayer)]
+
+    def bytes(self) -> int:
+        """Bytes of every tensor in the cache, stock layers included."""
+        return tensor_bytes(self.layers)
+
+
+def tensor_bytes(holder: Any) -> int:
+    """Bytes of all distinct tensors reachable from `holder` through containers and attributes.
+
+    Works for any cache: tensor subclasses are opened, shared storage is counted once.
+    """
+    seen: dict[int, int] = {}
+    _collect(holder, seen, set())
+    return sum(seen.values())
+
+
+def _collect(item: Any, sizes: dict[int, int], visited: set[int]) -> None:
+    if isinstance(item, Tensor):
+        if hasattr(item, "__tensor_flatten__"):
+            names = item.__tensor_flatten__()[0]
+            _collect([getattr(item, name) for name in names], sizes, visited)
+        elif item.numel():
+            key = item.untyped_storage().data_ptr()
+            sizes[key] = max(sizes.get(key, 0), item.untyped_storage().nbytes())
+        return
+    if id(item) in visited or isinstance(item, (PretrainedConfig, type)):
+        return
+    visited.add(id(item))
+    if isinstance(item, dict):
+        children: Iterable[Any] = item.values()
+    elif isinstance(item, (list, tuple)):
+        children = item
+    else:
+        children = vars(item).values() if hasattr(item, "__dict__") else ()
+    for child in children:
+        _collect(child, sizes, visited)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | Ref,
+    value: Tensor | Ref,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: the layer's own attention for a handle, else SDPA."""
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not isinstance(key, Ref):
+        if softcap is not None:
+            return _capped(query, key, value, attention_mask, scaling, softcap), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    for name in ("position_bias", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise StropError(
+                f"this model's attention uses `{name}`, which no kv method here supports: "
+                "leave the kv slot empty"
+            )
+    return key.layer.attend(query, attention_mask, scaling, softcap), None
+
+
+def _capped(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float
+) -> Tensor:
+    if mask is None:
+        columns = torch.arange(key.shape[2], device=key.device).expand(len(key), -1)
+        mask = causal(query.shape[2], columns, key.shape[2])
+    rows = group_queries(query, key.shape[1])
+    return ungroup(attend_dense(rows, key, value, mask, scaling, softcap).out, query)
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Route the model's attention through strop, so that a strop cache attends over its own storage.
+
+    Outputs without a strop cache are those of SDPA. Returns the model. Raises StropError when the
+    architecture cannot swap its attention function.
+    """
+    AttentionInterface.register(IMPLEMENTATION, attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config._attn_implementation != IMPLEMENTATION:
+        raise StropError(
+            f"{type(model).__name__} does not let its attention function be swapped, so strop cannot "
+            "work inside it: use an architecture built on transformers' AttentionInterface"
+        )
+    return model

@@ -1,0 +1,129 @@
+"""A checkpoint folder looked at before anything is loaded: safetensors only, whole, and small enough.
+
+Not covered: whether the numbers are finite; the loader looks at those once they are in memory.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import psutil
+
+from strop.core.errors import StropError
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+HEADER_LIMIT = 100 << 20
+SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that transformers can load."""
+
+    path: Path
+    config: dict
+    shards: tuple[Path, ...]
+    elements: int
+    """Stored numbers in all shards."""
+    bytes: int
+    """Bytes of all shards."""
+
+    def fingerprint(self) -> str:
+        """16 hex digits that name config, shard headers and samples of the weights."""
+        hasher = blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=8)
+        for shard in self.shards:
+            size = shard.stat().st_size
+            with shard.open("rb") as file:
+                hasher.update(file.read(8 + int.from_bytes(file.read(8), "little"))[:HEADER_LIMIT])
+                for place in range(SAMPLES):
+                    file.seek(max(size - SAMPLE_BYTES, 0) * place // (SAMPLES - 1))
+                    hasher.update(file.read(SAMPLE_BYTES))
+        return hasher.hexdigest()
+
+
+def inspect(path: Path) -> Checkpoint:
+    """Look at a checkpoint folder without loading it.
+
+    Raises StropError when the folder, its config or its tokenizer is missing, when it holds pickles only, or
+    when a safetensors file is truncated.
+    """
+    if not path.is_dir():
+        raise StropError(f"no model folder at {path}: give a checkpoint folder or zoo:NAME")
+    config = _config(path)
+    shards = tuple(sorted(path.glob("*.safetensors")))
+    if not shards:
+        if any(next(path.glob(pattern), None) for pattern in PICKLES):
+            raise StropError(
+                f"{path} holds pickled weights only, which can run code when loaded: convert them with "
+                "save_pretrained(..., safe_serialization=True) in an environment you trust"
+            )
+        raise StropError(f"{path} holds no .safetensors file: is the download complete?")
+    _require_all_shards(path, shards)
+    if not any((path / name).exists() for name in TOKENIZERS):
+        raise StropError(
+            f"{path} has no tokenizer ({', '.join(TOKENIZERS)}): copy the tokenizer files of the original "
+            "model into the folder"
+        )
+    elements = sum(_elements(shard) for shard in shards)
+    return Checkpoint(path, config, shards, elements, sum(s.stat().st_size for s in shards))
+
+
+def _config(path: Path) -> dict:
+    file = path / "config.json"
+    if not file.exists():
+        raise StropError(f"{path} has no config.json, so it is not a transformers checkpoint folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise StropError(f"{file} is not valid JSON ({error}): restore the original file") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise StropError(f"{file} names no model_type, so transformers cannot tell the architecture")
+    return config
+
+
+def _require_all_shards(path: Path, shards: tuple[Path, ...]) -> None:
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return
+    try:
+        wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise StropError(f"{index} is not a valid shard index: restore the original file") from error
+    missing = sorted(wanted - {shard.name for shard in shards})
+    if missing:
+        raise StropError(f"{path} lacks {len(missing)} shard(s), first {missing[0]}: download it again")
+
+
+def _elements(shard: Path) -> int:
+    """Numbers stored in a safetensors file, after checking that the file is as long as its header says."""
+    size = shard.stat().st_size
+    broken = StropError(f"{shard} is truncated or not a safetensors file: download it again")
+    with shard.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):
+            raise broken
+        try:
+            header = json.loads(file.read(length))
+            entries = [entry for name, entry in header.items() if name != "__metadata__"]
+            end = max((entry["data_offsets"][1] for entry in entries), default=0)
+            elements = sum(math.prod(entry["shape"]) for entry in entries)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise broken from error
+    if 8 + length + end != size:
+        raise broken
+    return elements
+
+
+def require_memory(checkpoint: Checkpoint, itemsize: float, available: int | None = None) -> None:
+    """Raise StropError when the weights cannot fit in free memory at `itemsize` bytes a number."""
+    needed = max(int(checkpoint.elements * itemsize), checkpoint.bytes)
+    free = psutil.virtual_memory().available if available is None else available
+    if needed > free:
+        gib = 1 << 30
+        raise StropError(
+            f"{checkpoint.path} needs {needed / gib:.1f} GiB for its weights and {free / gib:.1f} GiB of "
+            "memory are free: use a larger machine or a smaller dtype (--dtype bf16)"
+        )

@@ -1,0 +1,19 @@
+"""What every method of every slot is: a frozen dataclass that can say how it is set."""
+
+import dataclasses
+from typing import Any
+
+
+class Method:
+    """Base of all families' methods. Subclasses are frozen dataclasses with the paper's fields."""
+
+    def changed(self) -> dict[str, Any]:
+        """The fields that differ from their defaults."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        values = {field.name: getattr(self, field.name) for field in fields}
+        return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
+
+    def settings(self, short: str = "", *said: str) -> str:
+        """The settings for people: `short`, then every changed field that `short` has not `said`."""
+        rest = [f"{name}={value}" for name, value in self.changed().items() if name not in said]
+        return " ".join(part for part in (short, *rest) if part)

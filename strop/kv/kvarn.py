@@ -1,0 +1,88 @@
+"""KVarN: rotate, balance the variance of tokens and channels, round to 2 to 4 bits.
+
+The worst errors of a 2-bit cache are wrong magnitudes of single tokens. Dividing each tile by scales that
+even out its deviations along both tokens and channels removes them; the Hadamard rotation spreads channel
+outliers before that. No calibration. arXiv 2606.03458.
+
+Differs: tiles are first divided by their smallest deviation (`normalize`), because the paper's clip of the
+log scales otherwise ties the result to the tile's absolute size. Values are rotated when stored and
+un-rotated after attention instead of folding the rotation into the weights, so any checkpoint works as it is.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from strop.kv.codec import RoundedKV, RowCodec
+
+LOG_CLIP = (-0.3, 10.0)
+STD_CLIP = (1e-3, 1e3)
+
+
+def varn(tile: Tensor, n_iter: int = 8, normalize: str = "min_std") -> tuple[Tensor, Tensor]:
+    """Scales that even out the standard deviations of a tile's rows and columns (Algorithm 1).
+
+    `tile` `[..., R, C]` float32. Returns row scales `[..., R]` and column scales `[..., C]`: those of the
+    iteration whose imbalance (max / min deviation over columns, plus over rows) was lowest.
+    """
+    unit = tile.new_ones(tile.shape[:-2])
+    if normalize == "min_std":
+        unit = least(torch.cat([tile.std(-1), tile.std(-2)], dim=-1))
+    tile = tile / unit[..., None, None]
+    log_r, log_c = torch.zeros_like(tile[..., 0]), torch.zeros_like(tile[..., 0, :])
+    best = imbalance(tile)
+    best_r, best_c = log_r, log_c
+    for _ in range(n_iter):
+        log_c = grow(log_c, scaled(tile, log_r, log_c).std(-2))
+        log_r = grow(log_r, scaled(tile, log_r, log_c).std(-1))
+        now = imbalance(scaled(tile, log_r, log_c))
+        better = now <= best
+        best = torch.where(better, now, best)
+        best_r = torch.where(better[..., None], log_r, best_r)
+        best_c = torch.where(better[..., None], log_c, best_c)
+    return best_r.exp(), best_c.exp() * unit[..., None]
+
+
+def scaled(tile: Tensor, log_r: Tensor, log_c: Tensor) -> Tensor:
+    """The tile divided by its current scales."""
+    return tile / log_c.exp().unsqueeze(-2) / log_r.exp().unsqueeze(-1)
+
+
+def grow(log_scale: Tensor, std: Tensor) -> Tensor:
+    """Fold the current deviations into the log scales."""
+    return (log_scale + std.clamp(*STD_CLIP).log()).clamp(*LOG_CLIP)
+
+
+def imbalance(tile: Tensor) -> Tensor:
+    """Max / min deviation over columns plus over rows, `[...]`; 1 + 1 is perfect balance."""
+    return sum(std.amax(-1) / least(std) for std in (tile.std(-2), tile.std(-1)))
+
+
+def least(std: Tensor) -> Tensor:
+    """The smallest of deviations `[..., n]`, those of zero tokens and constant channels left out; 1 if none."""
+    counts = std > 1e-6 * std.amax(-1, keepdim=True)
+    smallest = torch.where(counts, std, torch.inf).amin(-1)
+    return torch.where(smallest.isfinite(), smallest, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVarN(RoundedKV):
+    """KV cache in packed, variance-normalised tiles. The paper's presets: k4v4, k4v2 (default), k2v2."""
+
+    n_iter: int = 8
+    """Balancing iterations."""
+    normalize: str = "min_std"
+    """Divide tiles by their smallest deviation first; "none" is the paper's behaviour."""
+
+    def __post_init__(self, bits: int | None) -> None:
+        super().__post_init__(bits)
+        if self.n_iter < 1:
+            raise ValueError(f"n_iter must be at least 1, got {self.n_iter}")
+        if self.normalize not in ("min_std", "none"):
+            raise ValueError(f'normalize must be "min_std" or "none", got {self.normalize!r}')
+
+    def codec(self) -> RowCodec:
+        balance = partial(varn, n_iter=self.n_iter, normalize=self.normalize)
+        return RowCodec(self.bits_k, self.bits_v, self.group, True, balance, self.aux_dtype)

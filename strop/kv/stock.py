@@ -1,0 +1,64 @@
+"""transformers' own compressed caches as kv methods, so that they stand beside ours in every table.
+
+`QuantizedCache` re-rounds everything it holds at each flush and rounds the whole prompt at once; its fp8
+layer scales per tensor. Nothing here is strop's storage: attention runs on what they hand back.
+"""
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, QuantizedCache
+from transformers.cache_utils import Cache
+
+from strop.core.errors import StropError
+from strop.kv.base import KVMethod, KVShape
+
+BACKENDS = ("hqq", "quanto", "fp8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantized(KVMethod):
+    """transformers' QuantizedCache."""
+
+    backend: str = "hqq"
+    """Who rounds: "hqq", "quanto" or "fp8"."""
+    bits: int = 4
+    """Bits of an element: 4 or 2; 8 with fp8."""
+    group: int = 64
+    """Elements that share a scale and a zero point."""
+    tail: int = 128
+    """Newest tokens kept in the model's dtype until all are rounded again (`residual_length`)."""
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {BACKENDS}, got {self.backend!r}")
+        allowed = (8,) if self.backend == "fp8" else (2, 4)
+        if self.bits not in allowed:
+            raise ValueError(f"{self.backend} rounds to {allowed} bits, got {self.bits}")
+
+    def settings(self, short: str = "", *said: str) -> str:
+        return super().settings(f"{self.backend} int{self.bits}", "backend", "bits")
+
+    def new_cache(self, config: PretrainedConfig) -> Cache:
+        axis = 1 if self.backend == "hqq" else 0
+        options = {
+            "nbits": self.bits,
+            "axis_key": axis,
+            "axis_value": axis,
+            "q_group_size": self.group,
+            "residual_length": self.tail,
+        }
+        try:
+            if self.backend == "fp8":
+                return QuantizedCache("fp8", config)
+            return QuantizedCache(self.backend, config, **options)
+        except (ImportError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise StropError(f"transformers' {self.backend} cache refuses this model: {reason}") from error
+
+    def kv_bytes(self, shape: KVShape, tokens: int) -> int:
+        """As after a flush: the stock cache starts a new tail once the last one is rounded."""
+        if self.backend == "fp8":
+            return shape.layers * (2 * shape.heads * shape.dim * tokens + 8)
+        elements = 2 * shape.heads * shape.dim * tokens
+        scales = 2 * shape.itemsize * elements // self.group
+        return shape.layers * (elements * self.bits // 8 + scales)

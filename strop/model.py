@@ -1,0 +1,236 @@
+"""strop.Model: a checkpoint with a recipe in force.
+
+A Model is immutable in use: `with_` returns another one, and shares the loaded weights whenever the weights
+slot stays as it is. Generation is transformers' own `generate`; strop brings the cache, the attention and
+the keyed sampler.
+"""
+
+import copy
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from strop.core.cache import attach
+from strop.core.checkpoint import Checkpoint, inspect, require_memory
+from strop.core.errors import StropError
+from strop.core.sampling import KeyedSampler
+from strop.kv.base import KVShape
+from strop.models.zoo import zoo_path
+from strop.recipe import Recipe
+
+DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+Prompt = str | Sequence[dict[str, str]]
+"""Text, or chat messages to which the model's template applies."""
+
+
+class Model:
+    """A language model, its tokenizer, and the recipe in force."""
+
+    def __init__(
+        self,
+        plain: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        recipe: Recipe,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel | None = None,
+    ) -> None:
+        """`plain` is the checkpoint as loaded, `model` the same with the recipe's weights method applied."""
+        recipe.check()
+        self.plain = plain
+        self.tokenizer = tokenizer
+        self.recipe = recipe
+        self.checkpoint = checkpoint
+        if model is None:
+            model = plain if recipe.weights is None else recipe.weights.apply(copy.deepcopy(plain))
+        self.model = model
+
+    def with_(self, **slots: Any) -> "Model":
+        """The same checkpoint with other methods in some slots; `None` empties a slot."""
+        recipe = dataclasses.replace(self.recipe, **slots)
+        same = recipe.weights == self.recipe.weights
+        model = self.model if same else None
+        return Model(self.plain, self.tokenizer, recipe, self.checkpoint, model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.plain.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of compute, and of all 16-bit regions of caches."""
+        return self.plain.dtype
+
+    @property
+    def kv_shape(self) -> KVShape:
+        """What decides the size of this model's cache."""
+        return KVShape.of(self.model.config, self.dtype.itemsize)
+
+    @property
+    def context_limit(self) -> int:
+        """Most tokens the model was made for."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "max_position_embeddings", None) or 1 << 31
+
+    def new_cache(self) -> Cache:
+        """An empty cache of the recipe's kv method; transformers' dense cache when the slot is empty."""
+        if self.recipe.kv is None:
+            return DynamicCache(config=self.model.config)
+        return self.recipe.kv.new_cache(self.model.config)
+
+    def text(self, prompt: Prompt) -> str:
+        """The text the model reads: a string as it is, chat messages through the chat template."""
+        if isinstance(prompt, str):
+            return prompt
+        if not self.tokenizer.chat_template:
+            raise StropError(
+                "the data holds chat messages and the model's tokenizer has no chat template: "
+                "use plain prompts, or add chat_template to tokenizer_config.json"
+            )
+        return self.tokenizer.apply_chat_template(
+            list(prompt), tokenize=False, add_generation_prompt=True
+        )
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt."""
+        chat = not isinstance(prompt, str)
+        return self.tokenizer(self.text(prompt), add_special_tokens=not chat)["input_ids"]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        samples: int = 1,
+        **options: Any,
+    ) -> list[str]:
+        """Continue prompts; returns `len(prompts) * samples` texts, the samples of a prompt side by side.
+
+        Greedy without a seed. With one, tokens are drawn at `temperature` with noise keyed by (seed, sample,
+        position), so batching does not change a result. `options` go to transformers' `generate`.
+        """
+        rows = [self.encode(prompt) for prompt in prompts for _ in range(samples)]
+        at_once = len(rows) if self.recipe.decode is None else 1
+        texts = []
+        for start in range(0, len(rows), at_once):
+            batch = rows[start : start + at_once]
+            which = [(start + i) % samples for i in range(len(batch))]
+            ids = self.generate_ids(batch, max_new_tokens, seed, temperature, which, **options)
+            texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        rows: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        samples: Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[list[int]]:
+        """`generate` on token ids: the new ids of each row, padding after the end of text included."""
+        if not rows or not all(rows):
+            raise StropError("a prompt is empty: give at least one token to continue")
+        longest = max(len(row) for row in rows)
+        if longest + max_new_tokens > self.context_limit:
+            raise StropError(
+                f"{longest} prompt tokens + {max_new_tokens} new ones exceed the model's context of "
+                f"{self.context_limit}: shorten the prompt or ask for fewer tokens"
+            )
+        pads = [longest - len(row) for row in rows]
+        ids = torch.tensor([[self.pad] * pad + list(row) for pad, row in zip(pads, rows, strict=True)])
+        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+        processors = []
+        if seed is not None:
+            processors.append(KeyedSampler(seed, pads, samples or [0] * len(rows), temperature))
+        method = self.recipe.decode
+        out = self.model.generate(
+            input_ids=ids.to(self.device),
+            attention_mask=mask.to(self.device),
+            past_key_values=self.new_cache(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.pad,
+            logits_processor=processors,
+            **(method.options() if method else {}),
+            **options,
+        )
+        return out[:, longest:].tolist()
+
+    @property
+    def pad(self) -> int:
+        """The token id that fills batches on the left; masked everywhere."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        return 0
+
+    def weight_bytes(self) -> int:
+        """Bytes of all distinct parameters and buffers."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+
+def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
+    """Load `zoo:NAME`, a checkpoint folder, or a recipe file (`*.yaml`) with the model that it names.
+
+    Raises StropError, before anything is loaded where possible, when the source is missing, not a causal
+    language model, pickled, truncated, larger than free memory, or holds numbers that are not finite.
+    """
+    recipe = Recipe(model=str(source))
+    if str(source).endswith((".yaml", ".yml")):
+        recipe = Recipe.load(Path(source))
+        if recipe.model is None:
+            raise StropError(f"{source} names no model: add a line `model: PATH` or `model: zoo:NAME`")
+    name = str(recipe.model)
+    path = zoo_path(name[4:]) if name.startswith("zoo:") else Path(name)
+    checkpoint = inspect(path)
+    _require_causal(checkpoint)
+    require_memory(checkpoint, 4 if dtype == "fp32" else 0)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StropError("no CUDA device is visible: use --device cpu, or see `strop doctor`")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
+        plain = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise StropError(f"transformers cannot load {path}: {reason}") from error
+    plain = attach(plain.eval().to(device))
+    _require_finite(plain, path)
+    return Model(plain, tokenizer, recipe, checkpoint)
+
+
+def _require_causal(checkpoint: Checkpoint) -> None:
+    kind = checkpoint.config["model_type"]
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "ForMaskedLM" in str(
+        checkpoint.config.get("architectures")
+    ):
+        raise StropError(
+            f"{checkpoint.path} is a {kind} model, which transformers does not run as a causal language "
+            "model: give a decoder such as Qwen3, Llama, Mistral, Gemma or GPT-2"
+        )
+
+
+def _require_finite(model: PreTrainedModel, path: Path) -> None:
+    for name, tensor in model.named_parameters():
+        if not math.isfinite(tensor.detach().float().sum().item()) and not tensor.isfinite().all():
+            raise StropError(f"{path}: weight {name} holds NaN or infinity: download it again")

@@ -1,0 +1,180 @@
+"""A recipe: which method, with which settings, sits in each slot of which model.
+
+The only place where names become objects. A slot holds one node `{method: {field: scalar or node}}`; methods
+nest. Everything strop does is a function over recipes.
+"""
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from strop.core.errors import StropError
+from strop.core.files import atomic, did_you_mean, digest
+from strop.core.method import Method
+from strop.decode import DecodeMethod, PromptLookup
+from strop.kv import KIVI, HadamardRTN, KVarN, KVMethod, Quantized
+from strop.weights import RTN, WeightMethod
+
+VERSION = 1
+
+METHODS: dict[str, dict[str, type]] = {
+    "prune": {},
+    "weights": {"rtn": RTN},
+    "kv": {"kvarn": KVarN, "kivi": KIVI, "hadamard": HadamardRTN, "quantized": Quantized},
+    "reuse": {},
+    "decode": {"prompt_lookup": PromptLookup},
+    "rollout": {},
+}
+SLOTS = tuple(METHODS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Immutable; slots apply in the order of `SLOTS`. None leaves a slot as it is."""
+
+    model: str | None = None
+    prune: None = None
+    weights: WeightMethod | None = None
+    kv: KVMethod | None = None
+    reuse: None = None
+    decode: DecodeMethod | None = None
+    rollout: None = None
+
+    def methods(self) -> dict[str, Method]:
+        """The filled slots."""
+        filled = {slot: getattr(self, slot) for slot in SLOTS}
+        return {slot: method for slot, method in filled.items() if method is not None}
+
+    def check(self) -> None:
+        """Raise StropError for a composition that cannot work, naming the reason."""
+        if isinstance(self.kv, Quantized) and self.decode is not None:
+            raise StropError(
+                "transformers' QuantizedCache cannot take back tokens, which speculation needs: "
+                "use kvarn in the kv slot, or leave decode empty"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as its file says it; fields at their defaults are left out."""
+        head: dict[str, Any] = {"strop": VERSION}
+        if self.model is not None:
+            head["model"] = self.model
+        return head | {slot: _node(slot, method) for slot, method in self.methods().items()}
+
+    def to_yaml(self) -> str:
+        """The recipe as text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe, whole or not at all."""
+        with atomic(path) as temporary:
+            temporary.write_text(self.to_yaml(), encoding="utf-8")
+
+    def label(self) -> str:
+        """A short name for people, such as `rtn 8 + kvarn k2v2`."""
+        return " + ".join(label(*filled) for filled in self.methods().items()) or "as is"
+
+    def digest(self) -> str:
+        """16 hex digits that name the recipe, every field included."""
+        return digest(self.model, [repr(method) for method in self.methods().values()])
+
+    @classmethod
+    def load(cls, path: Path) -> "Recipe":
+        """Read a recipe file. Raises StropError with one sentence for anything wrong in it."""
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StropError(f"cannot read recipe {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+            raise StropError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        recipe = cls.from_dict(data)
+        beside = path.parent / recipe.model if recipe.model else path
+        if recipe.model and not recipe.model.startswith("zoo:") and beside.is_dir():
+            recipe = dataclasses.replace(recipe, model=str(beside))
+        return recipe
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Recipe":
+        """Parse what `to_dict` writes."""
+        if not isinstance(data, dict):
+            raise StropError("a recipe is a mapping that starts with `strop: 1`")
+        if data.get("strop") != VERSION:
+            raise StropError(f"a recipe starts with `strop: {VERSION}`, got {data.get('strop')!r}")
+        model = data.get("model")
+        if model is not None and not isinstance(model, str):
+            raise StropError(f"`model` names a folder or zoo:NAME, got {model!r}")
+        slots = {key: node for key, node in data.items() if key not in ("strop", "model")}
+        for slot in slots:
+            if slot not in METHODS:
+                raise StropError(f"unknown slot {slot!r}; {did_you_mean(str(slot), list(SLOTS))}")
+        parsed = {slot: _parse(slot, node) for slot, node in slots.items() if node is not None}
+        return cls(model=model, **parsed)
+
+
+def method_name(slot: str, method: Method) -> str:
+    """The name by which `METHODS` knows a method object."""
+    return next(name for name, kind in METHODS[slot].items() if type(method) is kind)
+
+
+def label(slot: str, method: Method) -> str:
+    """A method and its settings for people, such as `kvarn k2v2`."""
+    return f"{method_name(slot, method)} {method.settings()}".strip()
+
+
+def parse_method(slot: str, text: str) -> Any:
+    """A method from `name` or `name:field=value,field=value`, as the command line writes it."""
+    name, _, fields = text.partition(":")
+    pairs = [pair.partition("=") for pair in fields.split(",")] if fields else []
+    return _parse(slot, {name: {key.strip(): yaml.safe_load(value) for key, _, value in pairs}})
+
+
+def _node(slot: str, method: Method) -> dict[str, Any]:
+    fields = {
+        name: _node(slot, value) if isinstance(value, Method) else value
+        for name, value in method.changed().items()
+    }
+    return {method_name(slot, method): fields}
+
+
+def _parse(slot: str, node: Any) -> Any:
+    if isinstance(node, str):
+        node = {node: {}}
+    if not isinstance(node, dict) or len(node) != 1:
+        raise StropError(f"slot {slot!r} holds one node `method: {{fields}}`, got {node!r}")
+    name, fields = next(iter(node.items()))
+    kind = METHODS[slot].get(name)
+    if kind is None:
+        known = list(METHODS[slot])
+        raise StropError(f"unknown {slot} method {name!r}; {did_you_mean(str(name), known)}")
+    fields = {} if fields is None else fields
+    if not isinstance(fields, dict):
+        raise StropError(f"{slot} method {name!r} takes `field: value` pairs, got {fields!r}")
+    hints = {
+        key: hint.type if isinstance(hint, dataclasses.InitVar) else hint
+        for key, hint in typing.get_type_hints(kind).items()
+    }
+    values = {}
+    for key, value in fields.items():
+        if key not in hints:
+            raise StropError(f"{name} has no field {key!r}; {did_you_mean(str(key), list(hints))}")
+        nested = isinstance(value, dict)
+        values[key] = _parse(slot, value) if nested else _scalar(f"{name}.{key}", value, hints[key])
+    try:
+        return kind(**values)
+    except (ValueError, TypeError) as error:
+        raise StropError(f"{slot} method {name!r}: {error}") from error
+
+
+def _scalar(where: str, value: Any, hint: Any) -> Any:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    allowed = typing.get_args(hint) if union else (hint,)
+    if float in allowed and type(value) is int:
+        value = float(value)
+    if type(value) not in allowed:
+        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+        raise StropError(f"{where} must be {names}, got {value!r}")
+    return value
