@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from strop.core.cache import attach
 from strop.core.checkpoint import Checkpoint, inspect, require_memory
 from strop.core.errors import StropError
+from strop.core.files import refuse_aliases
 from strop.core.sampling import KeyedSampler
 from strop.kv.base import KVShape
 from strop.models.zoo import zoo_path
@@ -99,9 +100,7 @@ class Model:
                 "the data holds chat messages and the model's tokenizer has no chat template: "
                 "use plain prompts, or add chat_template to tokenizer_config.json"
             )
-        return self.tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
-        )
+        return self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt."""
@@ -147,6 +146,11 @@ class Model:
         if not rows or not all(rows):
             raise StropError("a prompt is empty: give at least one token to continue")
         longest = max(len(row) for row in rows)
+        if max_new_tokens < 1 or not 0 < temperature < math.inf:
+            raise StropError(
+                f"generation takes at least 1 new token and a temperature above 0, got {max_new_tokens} and "
+                f"{temperature}: leave out the seed for greedy decoding"
+            )
         if longest + max_new_tokens > self.context_limit:
             raise StropError(
                 f"{longest} prompt tokens + {max_new_tokens} new ones exceed the model's context of "
@@ -196,6 +200,7 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
     """
     recipe = Recipe(model=str(source))
     if str(source).endswith((".yaml", ".yml")):
+        refuse_aliases(Path(source))
         recipe = Recipe.load(Path(source))
         if recipe.model is None:
             raise StropError(f"{source} names no model: add a line `model: PATH` or `model: zoo:NAME`")
@@ -208,12 +213,17 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
         raise StropError("no CUDA device is visible: use --device cpu, or see `strop doctor`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
-        plain = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True
+        plain, loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except Exception as error:  # tokenizers and safetensors raise bare Exception for a broken file
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise StropError(f"transformers cannot load {path}: {reason}") from error
+    _require_complete(loaded, path)
     plain = attach(plain.eval().to(device))
     _require_finite(plain, path)
     return Model(plain, tokenizer, recipe, checkpoint)
@@ -221,12 +231,21 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
 
 def _require_causal(checkpoint: Checkpoint) -> None:
     kind = checkpoint.config["model_type"]
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "ForMaskedLM" in str(
-        checkpoint.config.get("architectures")
-    ):
+    classes = [str(name) for name in checkpoint.config.get("architectures") or []]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
+    if not known or (classes and not any(name in known or "ForCausalLM" in name for name in classes)):
         raise StropError(
-            f"{checkpoint.path} is a {kind} model, which transformers does not run as a causal language "
-            "model: give a decoder such as Qwen3, Llama, Mistral, Gemma or GPT-2"
+            f"{checkpoint.path} is a {', '.join(classes) or kind}, not a causal language model that "
+            "transformers runs: give a decoder such as Qwen3, Llama, Mistral, Gemma or GPT-2"
+        )
+
+
+def _require_complete(loaded: dict[str, Any], path: Path) -> None:
+    """transformers draws missing weights at random and says so in a log."""
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise StropError(
+            f"{path} lacks {len(missing)} of the model's weights, first {missing[0]}: download it again"
         )
 
 

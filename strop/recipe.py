@@ -32,6 +32,22 @@ METHODS: dict[str, dict[str, type]] = {
 }
 SLOTS = tuple(METHODS)
 
+CANDIDATES: dict[str, tuple[Method, ...]] = {
+    "weights": (RTN(bits=8), RTN(bits=4, group=128)),
+    "kv": (
+        Quantized(backend="fp8", bits=8),
+        Quantized(backend="hqq", bits=4),
+        Quantized(backend="hqq", bits=2),
+        Quantized(backend="quanto", bits=4),
+        Quantized(backend="quanto", bits=2),
+        KVarN(bits_k=4, bits_v=4),
+        KVarN(bits_k=4, bits_v=2),
+        KVarN(bits_k=2, bits_v=2),
+    ),
+    "decode": (PromptLookup(),),
+}
+"""What `tune` tries in each slot by itself; a method joins by one entry."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:

@@ -5,10 +5,14 @@ outputs by those denominators, which equals one softmax over all regions togethe
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+LOWEST = torch.finfo(torch.float32).min
 
 
 class Partial(NamedTuple):
@@ -17,7 +21,7 @@ class Partial(NamedTuple):
     out: Tensor
     """Normalised output `[B, H_kv, R, D]`, float32. R = (query heads a KV head serves) * q."""
     lse: Tensor
-    """Log-sum-exp of the region's scores `[B, H_kv, R]`, float32; -inf where nothing is visible."""
+    """Log-sum-exp of the region's scores `[B, H_kv, R]`, float32; `LOWEST` where nothing is visible."""
 
 
 def causal(queries: int, columns: Tensor, seen: int) -> Tensor:
@@ -43,17 +47,16 @@ def partial_attention(
     """
     if visible is not None:
         scores = _mask(scores, visible)
-    lse = scores.logsumexp(-1)
-    weights = (scores - _finite(lse).unsqueeze(-1)).exp()
-    return Partial(accumulate(weights), lse)
+    top = scores.amax(-1, keepdim=True).clamp(min=LOWEST)
+    weights = (scores - top).exp()
+    total = weights.sum(-1, keepdim=True).clamp(min=1.0)
+    return Partial(accumulate(weights) / total, (top + total.log()).squeeze(-1))
 
 
 def _mask(scores: Tensor, visible: Tensor) -> Tensor:
-    batch, heads_kv, rows, keys = scores.shape
-    length = visible.shape[-2]
-    grid = scores.view(batch, heads_kv, rows // length, length, keys)
-    shape = (batch, heads_kv, -1) if visible.shape[1] > 1 else (batch, 1, 1)
-    return grid.masked_fill(~visible.view(*shape, length, keys), -torch.inf).view_as(scores)
+    grid = scores.unflatten(2, (-1, visible.shape[-2]))
+    heads = (scores.shape[1], -1) if visible.shape[1] > 1 else (1, 1)
+    return grid.masked_fill(~visible.unflatten(1, heads), -torch.inf).flatten(2, 3)
 
 
 def attend_dense(
@@ -69,18 +72,14 @@ def attend_dense(
     return partial_attention(scores, visible, lambda weights: weights @ values.float())
 
 
-def merge(parts: Sequence[Partial]) -> Tensor:
-    """One softmax over all regions: outputs `[B, H_kv, R, D]`; zeros where no region is visible."""
-    if len(parts) == 1:
-        return parts[0].out
-    lse = torch.stack([part.lse for part in parts])
-    weights = (lse - _finite(lse.logsumexp(0))).exp().unsqueeze(-1)
-    return (weights * torch.stack([part.out for part in parts])).sum(0)
+def merge(parts: Sequence[Partial]) -> Partial:
+    """One softmax over all regions; zeros where none is visible."""
+    return reduce(_join, parts)
 
 
-def _finite(lse: Tensor) -> Tensor:
-    """Zero for an empty region, so that exp(-inf - lse) is 0 and not NaN."""
-    return lse.masked_fill(lse == -torch.inf, 0.0)
+def _join(one: Partial, other: Partial) -> Partial:
+    share = (other.lse - one.lse).sigmoid().unsqueeze(-1)
+    return Partial(one.out.lerp(other.out, share), torch.logaddexp(one.lse, other.lse))
 
 
 def ungroup(out: Tensor, query: Tensor) -> Tensor:

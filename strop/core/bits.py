@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 WIDTHS = (1, 2, 4, 8)
+_WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
+"""For each width the integer that holds the codes of one byte, a byte each."""
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -28,8 +30,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Invert `pack`: `[..., m]` uint8 to codes `[..., m * 8 / bits]` uint8."""
+    """Invert `pack`: `[..., m]` uint8 to codes `[..., m * 8 / bits]` uint8.
+
+    Each byte is widened to a word of as many bytes as it has codes, whose fields are then spread by halving:
+    the upper half of every field moves up until each code has a byte of its own (little-endian machines).
+    """
     if bits == 8:
         return packed
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) >> shifts) & (2**bits - 1)).flatten(-2)
+    words = packed.new_empty(packed.shape, dtype=_WORDS[bits]).copy_(packed)
+    width, spacing, size = 8, 64 // bits, 64 // bits
+    while width > bits:
+        width, spacing = width // 2, spacing // 2
+        fields = sum((2**width - 1) << place for place in range(0, size, spacing))
+        words |= words << (spacing - width)
+        words &= fields
+    return words.view(torch.uint8)

@@ -9,7 +9,7 @@ Not covered: attention sinks as learned logits (`s_aux`), position biases, paged
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class Ref:
 class AttendingLayer(CacheLayerMixin):
     """A cache layer that stores keys and values its own way and computes attention over them.
 
-    A subclass owns `append`, `attend` and `dense`, and the batch operations of transformers' cache layers.
-    Positions are columns of the padded batch: column c holds the c-th token of every row, pads included.
+    A subclass owns the abstract methods, and the batch operations of transformers' cache layers. Positions are
+    columns of the padded batch: column c holds the c-th token of every row, pads included.
     """
 
     is_sliding = False
@@ -45,7 +45,11 @@ class AttendingLayer(CacheLayerMixin):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.config = config
-        self.seen = 0
+
+    @property
+    @abstractmethod
+    def seen(self) -> int:
+        """Columns so far, T."""
 
     @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -70,8 +74,16 @@ class AttendingLayer(CacheLayerMixin):
         """Compact what no later step will need as it is; called on the plain path before an append."""
 
     @abstractmethod
-    def tensors(self) -> Iterable[Tensor]:
-        """Every tensor held, bookkeeping included."""
+    def check(self) -> None:
+        """Assert the invariants of what is held."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """All that `restore` needs to go on from here, by name."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Hold what another layer's `state` says, instead of anything held so far."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         fused = self.config._attn_implementation == IMPLEMENTATION
@@ -80,7 +92,6 @@ class AttendingLayer(CacheLayerMixin):
         elif not fused:
             self.settle()
         self.append(key_states, value_states)
-        self.seen += key_states.shape[-2]
         return (Ref(self), Ref(self)) if fused else self.dense()
 
     def get_seq_length(self) -> int:
@@ -120,6 +131,11 @@ class KVCache(DynamicCache):
         """The layers that strop holds; the rest are transformers' own."""
         return [layer for layer in self.layers if isinstance(layer, AttendingLayer)]
 
+    def check(self) -> None:
+        """Assert the invariants of every layer that strop holds."""
+        for layer in self.attending:
+            layer.check()
+
     def bytes(self) -> int:
         """Bytes of every tensor in the cache, stock layers included."""
         return tensor_bytes(self.layers)
@@ -130,31 +146,28 @@ def tensor_bytes(holder: Any) -> int:
 
     Works for any cache: tensor subclasses are opened, shared storage is counted once.
     """
-    seen: dict[int, int] = {}
-    _collect(holder, seen, set())
-    return sum(seen.values())
+    storages: dict[int, int] = {}
+    _collect(holder, storages, set())
+    return sum(storages.values())
 
 
-def _collect(item: Any, sizes: dict[int, int], visited: set[int]) -> None:
-    if isinstance(item, Tensor):
-        if hasattr(item, "__tensor_flatten__"):
-            names = item.__tensor_flatten__()[0]
-            _collect([getattr(item, name) for name in names], sizes, visited)
-        elif item.numel():
-            key = item.untyped_storage().data_ptr()
-            sizes[key] = max(sizes.get(key, 0), item.untyped_storage().nbytes())
+def _collect(item: Any, storages: dict[int, int], visited: set[int]) -> None:
+    if isinstance(item, Tensor) and not hasattr(item, "__tensor_flatten__"):
+        storages[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
         return
     if id(item) in visited or isinstance(item, (PretrainedConfig, type)):
         return
     visited.add(id(item))
-    if isinstance(item, dict):
-        children: Iterable[Any] = item.values()
+    if isinstance(item, Tensor):
+        children = [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+    elif isinstance(item, dict):
+        children = list(item.values())
     elif isinstance(item, (list, tuple)):
-        children = item
+        children = list(item)
     else:
-        children = vars(item).values() if hasattr(item, "__dict__") else ()
+        children = list(getattr(item, "__dict__", {}).values())
     for child in children:
-        _collect(child, sizes, visited)
+        _collect(child, storages, visited)
 
 
 def attention(
@@ -168,22 +181,35 @@ def attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function: the layer's own attention for a handle, else SDPA."""
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min / 2
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if not isinstance(key, Ref):
-        if softcap is not None:
-            return _capped(query, key, value, attention_mask, scaling, softcap), None
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    for name in ("position_bias", "s_aux"):
-        if kwargs.get(name) is not None:
+    _require_supported(kwargs, ("position_bias", "s_aux") if isinstance(key, Ref) else ("s_aux",))
+    if isinstance(key, Ref):
+        return key.layer.attend(query, _boolean(attention_mask), scaling, softcap), None
+    if softcap is not None:
+        return _capped(query, key, value, _boolean(attention_mask), scaling, softcap), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+
+
+def _require_supported(options: dict[str, Any], refused: Sequence[str]) -> None:
+    for name in refused:
+        if options.get(name) is not None:
             raise StropError(
-                f"this model's attention uses `{name}`, which no kv method here supports: "
-                "leave the kv slot empty"
+                f"this model's attention uses `{name}`, which strop's attention does not: run it with "
+                "transformers' own caches and attention"
             )
-    return key.layer.attend(query, attention_mask, scaling, softcap), None
+
+
+def _boolean(mask: Tensor | None) -> Tensor | None:
+    """A mask as visible or not; transformers' own are boolean, a caller's may be added to scores."""
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    visible = mask == 0
+    if not (visible | (mask <= torch.finfo(mask.dtype).min / 2)).all():
+        raise StropError(
+            "this attention mask adds a bias to the scores, which no kv method here supports: "
+            "pass a mask of zeros and minus infinity, or leave the kv slot empty"
+        )
+    return visible
 
 
 def _capped(

@@ -77,9 +77,9 @@ def _config(path: Path) -> dict:
         raise StropError(f"{path} has no config.json, so it is not a transformers checkpoint folder")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StropError(f"{file} is not valid JSON ({error}): restore the original file") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise StropError(f"{file} names no model_type, so transformers cannot tell the architecture")
     return config
 
@@ -90,7 +90,7 @@ def _require_all_shards(path: Path, shards: tuple[Path, ...]) -> None:
         return
     try:
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StropError(f"{index} is not a valid shard index: restore the original file") from error
     missing = sorted(wanted - {shard.name for shard in shards})
     if missing:
@@ -110,7 +110,7 @@ def _elements(shard: Path) -> int:
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
             end = max((entry["data_offsets"][1] for entry in entries), default=0)
             elements = sum(math.prod(entry["shape"]) for entry in entries)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise broken from error
     if 8 + length + end != size:
         raise broken

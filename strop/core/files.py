@@ -10,6 +10,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from strop.core.errors import StropError
 
 
@@ -32,6 +34,28 @@ def atomic(path: Path) -> Iterator[Path]:
     finally:
         if handle is not None:
             Path(name).unlink(missing_ok=True)
+
+
+def require_folder(path: Path) -> None:
+    """Raise StropError unless `path` is, or could be made, a folder to write in. Leaves nothing behind."""
+    place = path.absolute()
+    while not (place.exists() or place.is_symlink()):
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=place, prefix=".strop."):
+            pass
+    except OSError as error:
+        reason = "it is a file" if place.is_file() else error.strerror or error
+        raise StropError(f"cannot write in {place} ({reason}): name another folder") from error
+
+
+def refuse_aliases(path: Path) -> None:
+    """Raise StropError for a YAML file with aliases: a few of them, nested, stand for billions of values."""
+    try:
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text(encoding="utf-8"))):
+            raise StropError(f"{path} uses YAML aliases, which a recipe has no need of: write the values out")
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # whoever parses the file says what is wrong with it
 
 
 def digest(*parts: Any) -> str:

@@ -10,14 +10,17 @@ Codes are rounded against the scales as they are stored, so that the 8-bit scale
 
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from strop.core.bits import WIDTHS, pack, packed_bytes, unpack
 from strop.core.hadamard import hadamard, rotate
-from strop.kv.tiled import TileCodec, TiledKV
+from strop.kv.tile_store import TileCodec
+from strop.kv.tiled import TiledKV
 
 Balance = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Scales of a tile `[..., R, C]` float32 that even out its deviations: rows `[..., R]`, columns `[..., C]`."""
@@ -29,41 +32,47 @@ FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 class Half:
     """Auxiliaries in fp16."""
 
-    def bytes(self, count: int) -> int:
-        """Bytes of `count` scales."""
+    def bytes(self, field: str, count: int) -> int:
+        """Bytes of `count` numbers of a field: "scale", "zero" or "column"."""
         return 2 * count
 
-    def store(self, scales: Tensor) -> Tensor:
+    def store(self, field: str, numbers: Tensor) -> Tensor:
         """`[..., n]` float32 to bytes."""
-        return scales.clamp(-FP16_MAX, FP16_MAX).half().contiguous().view(torch.uint8)
+        return numbers.clamp(-FP16_MAX, FP16_MAX).half().contiguous().view(torch.uint8)
 
-    def load(self, data: Tensor) -> Tensor:
-        """Bytes to `[..., n]` float32."""
-        return data.contiguous().view(torch.float16).float()
+    def load(self, data: Tensor, counts: dict[str, int]) -> dict[str, Tensor]:
+        """The fields that lie one after another in bytes `[..., m]`: `[..., count]` float32 each."""
+        numbers = data.contiguous().view(torch.float16).float()
+        return dict(zip(counts, numbers.split(list(counts.values()), dim=-1), strict=True))
 
 
 class Eighth(Half):
     """Scales in FP8 E4M3 under one fp32 factor a tile: the paper's accounting of 2.25 bits an element."""
 
-    def bytes(self, count: int) -> int:
-        return count + 4
+    def bytes(self, field: str, count: int) -> int:
+        return 2 * count if field == "zero" else count + 4
 
-    def store(self, scales: Tensor) -> Tensor:
-        factor = scales.abs().amax(-1, keepdim=True).clamp(min=1e-30) / FP8_MAX
-        small = (scales / factor).to(torch.float8_e4m3fn)
-        return torch.cat([small.view(torch.uint8), factor.contiguous().view(torch.uint8)], -1)
+    def store(self, field: str, numbers: Tensor) -> Tensor:
+        if field == "zero":
+            return super().store(field, numbers)
+        factor = numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30) / FP8_MAX
+        small = (numbers / factor).to(torch.float8_e4m3fn)
+        return torch.cat([small.view(torch.uint8), factor.view(torch.uint8)], -1)
 
-    def load(self, data: Tensor) -> Tensor:
+    def load(self, data: Tensor, counts: dict[str, int]) -> dict[str, Tensor]:
+        sizes = [self.bytes(field, count) for field, count in counts.items()]
+        parts = data.split(sizes, dim=-1)
+        return {
+            field: super().load(part, {field: counts[field]})[field] if field == "zero" else self._load(part)
+            for field, part in zip(counts, parts, strict=True)
+        }
+
+    def _load(self, data: Tensor) -> Tensor:
         factor = data[..., -4:].contiguous().view(torch.float32)
         return data[..., :-4].contiguous().view(torch.float8_e4m3fn).float() * factor
 
 
-FP16 = Half()
-AUX = {"fp16": FP16, "fp8": Eighth()}
-
-
-KEY_FIELDS = ("codes", "scale", "zero", "column")
-VALUE_FIELDS = ("codes", "column", "scale", "zero")
+AUX = {"fp16": Half(), "fp8": Eighth()}
 
 
 class Tile(NamedTuple):
@@ -75,64 +84,76 @@ class Tile(NamedTuple):
     """`[..., R]`."""
     zero: Tensor
     """`[..., R]`."""
-    column: Tensor
-    """`[..., C]`; `[..., 1]` ones when the tile was not balanced."""
+    column: Tensor | None
+    """`[..., C]`; None when the tile was not balanced."""
 
     def values(self) -> Tensor:
         """The tile `[..., R, C]`."""
         rows = self.codes * self.scale.unsqueeze(-1) + self.zero.unsqueeze(-1)
-        return rows * self.column.unsqueeze(-2)
+        return rows if self.column is None else rows * self.column.unsqueeze(-2)
+
+    def weigh(self, rows: Tensor) -> Tensor:
+        """`rows @ values()` for `rows` `[..., n, R]`, with the scales folded into rows and result."""
+        out = (rows * self.scale.unsqueeze(-2)) @ self.codes
+        out += (rows * self.zero.unsqueeze(-2)).sum(-1, keepdim=True)
+        return out if self.column is None else out * self.column.unsqueeze(-2)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tile of R rows by C columns lies in bytes."""
+    """How a tile of R rows by C columns lies in bytes: its codes, then its auxiliaries."""
 
-    fields: tuple[str, ...]
+    order: tuple[str, ...]
+    """The auxiliaries "scale", "zero" and "column" as they follow one another."""
     rows: int
     columns: int
     bits: int
     aux: Half
     balance: Balance | None
 
-    def sizes(self) -> list[int]:
-        """Bytes of each field, in order."""
-        size = {
-            "codes": packed_bytes(self.rows * self.columns, self.bits),
-            "scale": self.aux.bytes(self.rows),
-            "zero": 2 * self.rows,
-            "column": self.aux.bytes(self.columns) if self.balance else 0,
-        }
-        return [size[field] for field in self.fields]
+    @cached_property
+    def code_bytes(self) -> int:
+        """Bytes of the packed codes."""
+        return packed_bytes(self.rows * self.columns, self.bits)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """How many numbers each auxiliary has."""
+        counts = {"scale": self.rows, "zero": self.rows, "column": self.columns if self.balance else 0}
+        return {field: counts[field] for field in self.order if counts[field]}
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of the tile."""
+        return self.code_bytes + sum(self.aux.bytes(*item) for item in self.counts.items())
 
     def write(self, tile: Tensor) -> Tensor:
-        """Round `[..., R, C]` float32 to bytes `[..., sum(sizes)]`.
+        """Round `[..., R, C]` float32 to bytes `[..., bytes]`.
 
         The row scales of balancing cancel in row-wise rounding; only the column scales remain to store.
         """
-        data = {"column": tile.new_empty(*tile.shape[:-2], 0, dtype=torch.uint8)}
+        data = {}
         if self.balance is not None:
-            data["column"] = self.aux.store(self.balance(tile)[1])
-            tile = tile / positive(self.aux.load(data["column"])).unsqueeze(-2)
+            data["column"], column = self._stored("column", self.balance(tile)[1])
+            tile = tile / positive(column).unsqueeze(-2)
         low, high = tile.amin(-1), tile.amax(-1)
-        data["scale"] = self.aux.store((high - low) / (2**self.bits - 1))
-        data["zero"] = FP16.store(low)
-        scale = positive(self.aux.load(data["scale"])).unsqueeze(-1)
-        codes = ((tile - FP16.load(data["zero"]).unsqueeze(-1)) / scale).round()
+        data["scale"], scale = self._stored("scale", (high - low) / (2**self.bits - 1))
+        data["zero"], zero = self._stored("zero", low)
+        codes = ((tile - zero.unsqueeze(-1)) / positive(scale).unsqueeze(-1)).round()
         codes = codes.clamp(0, 2**self.bits - 1).to(torch.uint8)
-        data["codes"] = pack(codes.flatten(-2), self.bits)
-        return torch.cat([data[field] for field in self.fields], dim=-1)
+        return torch.cat([pack(codes.flatten(-2), self.bits), *(data[field] for field in self.counts)], -1)
+
+    def _stored(self, field: str, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """A field's bytes, and its numbers as these bytes will be read."""
+        data = self.aux.store(field, numbers)
+        return data, self.aux.load(data, {field: self.counts[field]})[field]
 
     def read(self, data: Tensor) -> Tile:
-        """Bytes `[..., sum(sizes)]` to a tile."""
-        part = dict(zip(self.fields, data.split(self.sizes(), dim=-1), strict=True))
-        scale = self.aux.load(part["scale"])
-        return Tile(
-            unpack(part["codes"], self.bits).unflatten(-1, (self.rows, self.columns)).float(),
-            scale,
-            FP16.load(part["zero"]),
-            self.aux.load(part["column"]) if self.balance else torch.ones_like(scale[..., :1]),
-        )
+        """Bytes `[..., bytes]` to a tile."""
+        codes, aux = data.split([self.code_bytes, self.bytes - self.code_bytes], dim=-1)
+        numbers = self.aux.load(aux, self.counts)
+        matrix = unpack(codes, self.bits).unflatten(-1, (self.rows, self.columns)).float()
+        return Tile(matrix, numbers["scale"], numbers["zero"], numbers.get("column"))
 
 
 def positive(scale: Tensor) -> Tensor:
@@ -155,57 +176,52 @@ class RowCodec(TileCodec):
     def check_dim(self, dim: int) -> None:
         if self.rotation:
             hadamard(dim)
-        for bits in (self.bits_k, self.bits_v):
-            packed_bytes(dim * self.group, bits)
 
     def record_bytes(self, dim: int) -> int:
         """Bytes of the two tiles, rounded up to 8."""
-        return -(-sum(self._keys(dim).sizes() + self._values(dim).sizes()) // 8) * 8
+        keys, values = layouts(self, dim)
+        return -(-(keys.bytes + values.bytes) // 8) * 8
 
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
         dim = keys.shape[-1]
+        of_keys, of_values = layouts(self, dim)
         key_tile = self._rotate(keys.float()).transpose(-1, -2).contiguous()
-        parts = [
-            self._keys(dim).write(key_tile),
-            self._values(dim).write(self._rotate(values.float())),
-        ]
+        parts = [of_keys.write(key_tile), of_values.write(self._rotate(values.float()))]
         record = torch.cat(parts, dim=-1)
-        return torch.nn.functional.pad(record, (0, self.record_bytes(dim) - record.shape[-1]))
+        return pad(record, (0, self.record_bytes(dim) - record.shape[-1]))
 
     def decode(self, records: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        keys = self._key_tile(records, dim).values().transpose(-1, -2)
-        return self._rotate(keys), self._rotate(self._value_tile(records, dim).values())
+        keys = self._keys(records, dim).values().transpose(-1, -2)
+        return self._rotate(keys), self._rotate(self._values(records, dim).values())
 
     def scores(self, query: Tensor, records: Tensor) -> Tensor:
-        tile = self._key_tile(records, query.shape[-1])
-        rows = self._rotate(query).unsqueeze(1)
-        raw = (rows * tile.scale.unsqueeze(-2)) @ tile.codes
-        raw = (raw + rows @ tile.zero.unsqueeze(-1)) * tile.column.unsqueeze(-2)
+        raw = self._keys(records, query.shape[-1]).weigh(self._rotate(query).unsqueeze(1))
         return raw.permute(0, 2, 3, 1, 4).flatten(-2)
 
     def accumulate(self, weights: Tensor, records: Tensor, dim: int) -> Tensor:
-        tile = self._value_tile(records, dim)
         rows = weights.unflatten(-1, (-1, self.group)).permute(0, 3, 1, 2, 4)
-        raw = (rows * tile.scale.unsqueeze(-2)) @ tile.codes
-        raw = (raw + rows @ tile.zero.unsqueeze(-1)) * tile.column.unsqueeze(-2)
-        return self._rotate(raw.sum(1))
+        return self._rotate(self._values(records, dim).weigh(rows).sum(1))
 
-    def _keys(self, dim: int) -> Layout:
-        return Layout(KEY_FIELDS, dim, self.group, self.bits_k, AUX[self.aux_dtype], self.balance)
+    def _keys(self, records: Tensor, dim: int) -> Tile:
+        layout, _ = layouts(self, dim)
+        return layout.read(records[..., : layout.bytes])
 
-    def _values(self, dim: int) -> Layout:
-        return Layout(VALUE_FIELDS, self.group, dim, self.bits_v, AUX[self.aux_dtype], self.balance)
-
-    def _key_tile(self, records: Tensor, dim: int) -> Tile:
-        layout = self._keys(dim)
-        return layout.read(records[..., : sum(layout.sizes())])
-
-    def _value_tile(self, records: Tensor, dim: int) -> Tile:
-        begin, layout = sum(self._keys(dim).sizes()), self._values(dim)
-        return layout.read(records[..., begin : begin + sum(layout.sizes())])
+    def _values(self, records: Tensor, dim: int) -> Tile:
+        keys, layout = layouts(self, dim)
+        return layout.read(records[..., keys.bytes : keys.bytes + layout.bytes])
 
     def _rotate(self, x: Tensor) -> Tensor:
         return rotate(x) if self.rotation else x
+
+
+@lru_cache(maxsize=256)
+def layouts(codec: RowCodec, dim: int) -> tuple[Layout, Layout]:
+    """How a codec lays out keys, channels x tokens, and values, tokens x channels."""
+    aux, balance, group = AUX[codec.aux_dtype], codec.balance, codec.group
+    return (
+        Layout(("scale", "zero", "column"), dim, group, codec.bits_k, aux, balance),
+        Layout(("column", "scale", "zero"), group, dim, codec.bits_v, aux, balance),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,20 +29,26 @@ def varn(tile: Tensor, n_iter: int = 8, normalize: str = "min_std") -> tuple[Ten
     """
     unit = tile.new_ones(tile.shape[:-2])
     if normalize == "min_std":
-        unit = least(torch.cat([tile.std(-1), tile.std(-2)], dim=-1))
+        unit = least(torch.cat([deviation(tile, -1), deviation(tile, -2)], dim=-1))
     tile = tile / unit[..., None, None]
     log_r, log_c = torch.zeros_like(tile[..., 0]), torch.zeros_like(tile[..., 0, :])
-    best = imbalance(tile)
-    best_r, best_c = log_r, log_c
+    best, best_r, best_c, now_scaled = imbalance(tile), log_r, log_c, tile
     for _ in range(n_iter):
-        log_c = grow(log_c, scaled(tile, log_r, log_c).std(-2))
-        log_r = grow(log_r, scaled(tile, log_r, log_c).std(-1))
-        now = imbalance(scaled(tile, log_r, log_c))
+        log_c = grow(log_c, deviation(now_scaled, -2))
+        log_r = grow(log_r, deviation(scaled(tile, log_r, log_c), -1))
+        now_scaled = scaled(tile, log_r, log_c)
+        now = imbalance(now_scaled)
         better = now <= best
         best = torch.where(better, now, best)
         best_r = torch.where(better[..., None], log_r, best_r)
         best_c = torch.where(better[..., None], log_c, best_c)
     return best_r.exp(), best_c.exp() * unit[..., None]
+
+
+def deviation(tile: Tensor, dim: int) -> Tensor:
+    """Unbiased standard deviation along `dim`; several times faster than `Tensor.std` on a CPU."""
+    centered = tile - tile.mean(dim, keepdim=True)
+    return (centered.square().sum(dim) / (tile.shape[dim] - 1)).sqrt()
 
 
 def scaled(tile: Tensor, log_r: Tensor, log_c: Tensor) -> Tensor:
@@ -57,11 +63,11 @@ def grow(log_scale: Tensor, std: Tensor) -> Tensor:
 
 def imbalance(tile: Tensor) -> Tensor:
     """Max / min deviation over columns plus over rows, `[...]`; 1 + 1 is perfect balance."""
-    return sum(std.amax(-1) / least(std) for std in (tile.std(-2), tile.std(-1)))
+    return sum(std.amax(-1) / least(std) for std in (deviation(tile, -2), deviation(tile, -1)))
 
 
 def least(std: Tensor) -> Tensor:
-    """The smallest of deviations `[..., n]`, those of zero tokens and constant channels left out; 1 if none."""
+    """The smallest of deviations `[..., n]`, zero tokens and constant channels left out; 1 if none is left."""
     counts = std > 1e-6 * std.amax(-1, keepdim=True)
     smallest = torch.where(counts, std, torch.inf).amin(-1)
     return torch.where(smallest.isfinite(), smallest, 1.0)

@@ -1,0 +1,104 @@
+"""How long a recipe takes, always interleaved with its baseline in one process.
+
+Ratios are candidate over baseline, below 1 is faster. Each round times both, in alternating order, and gives
+one ratio; the interval is a bootstrap over rounds. The KV-attributable part of a step is the step at the
+stated context minus the step at context ~ 1, where next to nothing is cached.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from strop.audit.base import LanguageModel, bootstrap
+
+Ratio = tuple[float, float, float]
+"""Estimate and 95 % interval."""
+
+ROUNDS = 5
+STEPS = 16
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of the candidate in seconds (medians over rounds) and ratios to the baseline."""
+
+    ttft_s: float
+    """Time to the first token."""
+    step_s: float
+    """Decode time per token after the first."""
+    kv_s: float
+    """Of that, the part that the cache at this context costs."""
+    ttft_ratio: Ratio
+    step_ratio: Ratio
+    kv_ratio: Ratio | None
+    """None where the baseline's own KV part is within its noise."""
+
+
+class Stamps(BaseStreamer):
+    """Notes when each token of a generation arrives."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt first, then with every step's tokens."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def generation_times(lm: LanguageModel, rows: Sequence[Sequence[int]], steps: int) -> tuple[float, float]:
+    """Seconds to the first token and per token after it, greedily generating 1 + `steps` for each row."""
+    stamps = Stamps(lm.device)
+    lm.generate_ids(rows, 1 + steps, min_new_tokens=1 + steps, streamer=stamps)
+    start, first, *_, last = stamps.times
+    return first - start, (last - first) / steps
+
+
+def timings(lm: LanguageModel, rows: Sequence[Sequence[int]], steps: int) -> tuple[float, float, float]:
+    """Time to first token, time per further token, and its KV part, in seconds."""
+    first, step = generation_times(lm, rows, steps)
+    _, bare = generation_times(lm, [row[:1] for row in rows], steps)
+    return first, step, step - bare
+
+
+def speed(
+    base: LanguageModel,
+    other: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    rounds: int = ROUNDS,
+    steps: int = STEPS,
+    step: Callable[[], None] = lambda: None,
+) -> Speed:
+    """Time both models on a batch of prompts (token ids); `step` is called after each round."""
+    for lm in (base, other):
+        generation_times(lm, [row[:1] for row in rows], 2)
+    times = np.empty((rounds, 2, 3))
+    for index in range(rounds):
+        pair = [(0, base), (1, other)]
+        for which, lm in pair if index % 2 == 0 else reversed(pair):
+            times[index, which] = timings(lm, rows, steps)
+        step()
+    ttft, per_token, kv = (_ratio(times[:, :, column]) for column in range(3))
+    median = np.median(times[:, 1], axis=0)
+    kv_base = times[:, 0, 2]
+    measurable = np.median(kv_base) > 2 * kv_base.std() and np.median(kv_base) > 0
+    return Speed(*(float(x) for x in median), ttft, per_token, kv if measurable else None)
+
+
+def _ratio(times: np.ndarray) -> Ratio:
+    """Median time of the candidate over that of the baseline, `times` `[rounds, 2]`."""
+
+    def of(sample: np.ndarray) -> np.ndarray:
+        medians = np.median(sample, axis=1)
+        return medians[:, 1] / medians[:, 0]
+
+    return bootstrap(times, of)

@@ -1,0 +1,258 @@
+"""The command line: one thin function a verb.
+
+Every command prints for people, or one JSON value with --json; progress and errors go to stderr. Exit codes:
+0 done, 1 measured and not good enough, 2 bad input. What is heavy to import is imported inside the commands,
+so that `strop --help` is instant.
+"""
+
+import subprocess
+import sys
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+from strop import __version__, console
+from strop import doctor as doctors
+from strop.core.errors import StropError
+from strop.core.files import require_folder
+
+STDERR = 2
+Objective = StrEnum("Objective", ["balanced", "memory", "speed"])
+Device = StrEnum("Device", ["cpu", "cuda"])
+Dtype = StrEnum("Dtype", ["auto", "bf16", "fp32"])
+Scale = StrEnum("Scale", ["cpu", "gpu"])
+
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="zoo:NAME or a checkpoint folder.")]
+Either = Annotated[
+    str,
+    typer.Argument(metavar="MODEL|RECIPE", help="zoo:NAME, a checkpoint folder, or a recipe file (.yaml)."),
+]
+DataFile = Annotated[
+    Path | None,
+    typer.Option("--data", metavar="FILE", help="Text, or JSON Lines of prompts. Default: bundled data."),
+]
+Drop = typer.Option(parser=console.share, metavar="SHARE", help="Most quality to lose, at 95 %: 1% or 0.01.")
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences served together.")]
+Context = Annotated[
+    int | None, typer.Option(min=2, metavar="N", help="Tokens in the cache. Default: as the data has.")
+]
+OnDevice = Annotated[Device, typer.Option("--device", help="Where to run.")]
+InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: as the checkpoint is stored.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Where the draws begin.")]
+ZooName = Annotated[str, typer.Argument(metavar="NAME", help="As `strop zoo list` has it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+
+app = typer.Typer(name="strop", cls=console.Strop, add_completion=False, pretty_exceptions_enable=False)
+zoo = typer.Typer(help="List, show and train the bundled small models.")
+app.add_typer(zoo, name="zoo")
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Make generative models smaller, faster and cheaper to serve, and show what it cost."""
+    if version:
+        typer.echo(f"strop {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command(epilog="Example: strop tune zoo:coder --data prompts.jsonl --max-drop 1% --out runs/mine")
+def tune(
+    model: Source,
+    data: DataFile = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: runs/NAME.")] = None,
+    objective: Annotated[Objective, typer.Option(help="What to make small.")] = Objective.balanced,
+    max_drop: Annotated[float, Drop] = "1%",  # type: ignore[assignment]
+    batch: Batch = 1,
+    context: Context = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(parser=console.positive, metavar="N", help="Start nothing after this.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Only these, as in kvarn,rtn. Default: all.")] = None,
+    device: OnDevice = Device.cpu,
+    dtype: InDtype = Dtype.auto,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep what was measured before.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the recipe that makes a model smaller and faster on your data, within the drop you allow.
+
+    Writes recipe.yaml, which other commands take in a model's place, and report.html.
+    """
+    out = out or Path("runs") / Path(model.removeprefix("zoo:")).name
+    require_folder(out)
+    console.quiet()
+    from strop.tune import engine
+
+    settings = engine.Settings(
+        objective=objective.value,
+        max_drop=max_drop,
+        batch=batch,
+        context=context,
+        budget_minutes=budget_minutes,
+        methods=None if methods is None else tuple(name.strip() for name in methods.split(",")),
+        device=device.value,
+        dtype=dtype.value,
+        seed=seed,
+    )
+    with console.progress() as report:
+        study = engine.tune(model, data, out, settings, resume, report)
+    if as_json:
+        console.print_json(study)
+    else:
+        console.show_frontier(study, out)
+    if study["rows"][0]["status"] != "measured":
+        console.fail(f"the model as it is was not measured: {study['rows'][0]['reason']}", 1)
+
+
+@app.command(epilog="Example: strop measure runs/coder/recipe.yaml --data prompts.jsonl --max-drop 1%")
+def measure(
+    model: Either,
+    data: DataFile = None,
+    max_drop: Annotated[float | None, Drop] = None,
+    batch: Batch = 1,
+    context: Context = None,
+    device: OnDevice = Device.cpu,
+    dtype: InDtype = Dtype.auto,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure one recipe beside the same model without it; exit code 1 beyond --max-drop."""
+    console.quiet()
+    from strop.tune import engine
+
+    settings = engine.Settings(
+        batch=batch, context=context, device=device.value, dtype=dtype.value, seed=seed
+    )
+    with console.progress() as report:
+        row = engine.measure(model, data, settings, report)
+    if as_json:
+        console.print_json(row)
+    else:
+        console.show_row(row)
+    if row["status"] != "measured":
+        console.fail(f"{row['label']} was {row['status']}: {row['reason']}", 1)
+    drop = row["quality"]["drop_hi"]
+    if max_drop is not None and not drop <= max_drop:
+        console.fail(f"the drop may be {100 * drop:.3g} %, above the {100 * max_drop:.3g} % allowed", 1)
+
+
+@app.command(epilog="Example: strop generate zoo:coder --prompt 'def main():' --max-new-tokens 40 --seed 1")
+def generate(
+    model: Either,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(metavar="FILE", help="A file to continue.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens to add.")] = 64,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Draw with this seed. Default: greedy.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(parser=console.positive, metavar="T", help="With --seed: 1 as trained.")
+    ] = None,
+    device: OnDevice = Device.cpu,
+    dtype: InDtype = Dtype.auto,
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt, and print the new text as it comes."""
+    text = console.given_prompt(prompt, prompt_file)
+    if temperature is not None and seed is None:
+        raise StropError("--temperature needs --seed: without a seed the likeliest token is always taken")
+    console.quiet()
+    from strop.model import load
+
+    with console.progress() as report:
+        report("loading", 0.0)
+        lm = load(model, dtype.value, device.value)
+        ids = lm.encode(text)
+    with console.streamer(lm.tokenizer, max_new_tokens, as_json) as streamer:
+        start = time.perf_counter()
+        new = lm.generate_ids([ids], max_new_tokens, seed, temperature or 1.0, streamer=streamer)[0]
+        seconds = time.perf_counter() - start
+    if as_json:
+        said = lm.tokenizer.decode(new, skip_special_tokens=True)
+        about = {"tokens": len(new), "seconds": seconds, "recipe": lm.recipe.to_dict()}
+        console.print_json({"prompt": text, "text": said} | about)
+
+
+@app.command(epilog="Example: strop claims kvarn --json")
+def claims(
+    papers: Annotated[
+        list[str] | None, typer.Argument(metavar="PAPER", help="Such as kvarn. Default: all.")
+    ] = None,
+    scale: Annotated[Scale, typer.Option(help="How large the experiments are.")] = Scale.cpu,
+    as_json: Json = False,
+) -> None:
+    """Measure again what papers claim: what they say, what we measured, and a verdict."""
+    console.quiet()
+    from strop.claims import run_claims
+
+    with console.progress() as report:
+        found = run_claims(papers or [], scale.value, report)
+    if as_json:
+        console.print_json([claim.to_dict() for claim in found])
+    else:
+        console.show_claims(found)
+
+
+@app.command(epilog="Example: strop doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, and the command that brings what is missing."""
+    parts = doctors.examine()
+    if as_json:
+        console.print_json(doctors.to_dict(parts))
+    else:
+        console.show_parts(parts)
+    raise typer.Exit(0 if doctors.healthy(parts) else 1)
+
+
+@zoo.command("list", epilog="Example: strop zoo list")
+def zoo_list(as_json: Json = False) -> None:
+    """List the bundled models."""
+    rows = console.zoo_rows()
+    if as_json:
+        console.print_json(rows)
+    else:
+        console.show_zoo(rows)
+
+
+@zoo.command("show", epilog="Example: strop zoo show coder")
+def zoo_show(name: ZooName, as_json: Json = False) -> None:
+    """Print a bundled model's card."""
+    from strop.models.zoo import card, zoo_path
+
+    text = card(name)
+    if as_json:
+        console.print_json({"name": name, "path": str(zoo_path(name)), "card": text})
+    else:
+        Console().print(Markdown(text))
+
+
+@zoo.command(
+    "train",
+    epilog="Example: strop zoo train coder --out runs/coder --threads 2",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def zoo_train(context: typer.Context, name: ZooName, as_json: Json = False) -> None:
+    """Train a bundled model again with its script; further options go to the script."""
+    command = [sys.executable, str(console.zoo_script(name)), *context.args]
+    start = time.perf_counter()
+    code = subprocess.run(
+        command, stdout=STDERR if as_json else None, env=console.child_environment()
+    ).returncode
+    if as_json:
+        seconds = time.perf_counter() - start
+        console.print_json({"name": name, "command": command, "exit_code": code, "seconds": seconds})
+    raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="strop")

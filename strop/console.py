@@ -1,0 +1,300 @@
+"""How the command line reads and speaks: errors in one sentence, a progress bar, tables that fit 80 columns.
+
+Nothing here measures or decides; the words of measures are those of the report.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from strop.core.errors import StropError
+from strop.core.files import did_you_mean
+from strop.models.zoo import card, zoo_names, zoo_path, zoo_root
+from strop.tasks.data import read_text
+
+Report = Callable[[str, float], None]
+
+INTERRUPTED = 130
+UsageError: Any = typer.BadParameter.__base__
+"""What typer raises for a line it cannot read; its home differs between typer's versions."""
+
+
+class Strop(TyperGroup):
+    """Whatever a user can mend ends in one sentence on stderr and exit code 2, never in a traceback."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line and exit."""
+        try:
+            code = super().main(*args, **options | {"standalone_mode": False}) or 0
+            sys.exit(code if code != INTERRUPTED else fail("interrupted", INTERRUPTED))
+        except (KeyboardInterrupt, typer.Abort):
+            fail("interrupted", INTERRUPTED)
+        except StropError as error:
+            fail(str(error))
+        except UsageError as error:
+            path = error.ctx.command_path if error.ctx else "strop"
+            message = error.format_message().rstrip(".").replace(". ", "; ")
+            fail(f"{message} (see `{path} --help`)")
+        except ModuleNotFoundError as error:
+            fail(f"the package {error.name} is not installed: `strop doctor` says what brings it")
+        except OSError as error:
+            fail(_environment(error))
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            fail("out of memory: use a smaller model, --batch or --context")
+
+
+def fail(sentence: str, code: int = 2) -> NoReturn:
+    """Say on one line why nothing came of it, and exit."""
+    typer.echo(f"strop: {' '.join(sentence.split())}", err=True)
+    sys.exit(code)
+
+
+def _environment(error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return "the disk is full: free some space and run it again (tune goes on with --resume)"
+    return f"cannot use {error.filename or 'a file'}: {error.strerror or error}"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return (
+        "OutOfMemory" in type(error).__name__
+        or isinstance(error, MemoryError)
+        or "allocate mem" in str(error)
+    )
+
+
+def share(text: str) -> float:
+    """A share of 1, from `1%` or `0.01`."""
+    number = text.strip()
+    try:
+        value = float(number.removesuffix("%")) / (100 if number.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{text!r} is not a share from 0% to below 100%, such as 1% or 0.01")
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{text!r} is not a number above 0")
+    return value
+
+
+@contextmanager
+def progress() -> Iterator[Report]:
+    """A bar on a terminal's stderr that leaves no trace; nothing where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+        BarColumn(20),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    silent = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, expand=True, disable=silent) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda what, share: bar.update(task, description=what, completed=share)
+
+
+class Ticks:
+    """A transformers streamer that only counts."""
+
+    def __init__(self, report: Report, total: int) -> None:
+        self.report, self.total = report, total
+        self.done: int | None = None
+
+    def put(self, value: Any) -> None:
+        """Takes the prompt first, then the new tokens of each step."""
+        self.done = 0 if self.done is None else self.done + value.numel()
+        self.report("generating", min(self.done / self.total, 1.0))
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@contextmanager
+def streamer(tokenizer: Any, total: int, silent: bool) -> Iterator[Any]:
+    """What prints tokens as they come; when silent, what moves a bar instead."""
+    if silent:
+        with progress() as report:
+            yield Ticks(report, total)
+    else:
+        from transformers import TextStreamer
+
+        yield TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def quiet() -> None:
+    """Keep transformers' bars and warnings off stderr: what matters in them is an error of strop's."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def given_prompt(prompt: str | None, file: Path | None) -> str:
+    """The prompt, from the command line or a file."""
+    if (prompt is None) == (file is None):
+        raise StropError("what to continue is missing or doubled: give --prompt TEXT or --prompt-file FILE")
+    text = prompt if file is None else read_text(file)
+    if not text:
+        raise StropError("the prompt is empty: give at least one character to continue")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise StropError("the prompt is not UTF-8 text: save it as UTF-8 and use --prompt-file") from error
+    return text
+
+
+def zoo_rows() -> list[dict[str, Any]]:
+    """Name, bytes of weights and the first sentence of the card of each bundled model."""
+    rows = []
+    for name in zoo_names():
+        weights = sum(shard.stat().st_size for shard in zoo_path(name).glob("*.safetensors"))
+        try:
+            lines = [line for line in card(name).splitlines() if line.strip() and line[0] not in "#|-!<"]
+        except StropError:
+            lines = []
+        rows.append({"name": name, "bytes": weights, "about": lines[0] if lines else "no card"})
+    return rows
+
+
+def zoo_script(name: str) -> Path:
+    """The script that trains a bundled model."""
+    scripts = {path.stem.removeprefix("train_"): path for path in zoo_root().glob("train_*.py")}
+    if name not in scripts:
+        raise StropError(f"no script trains {name!r}; {did_you_mean(name, list(scripts))}")
+    return scripts[name]
+
+
+def child_environment() -> dict[str, str]:
+    """This environment, in which a child finds this strop and does not hold its output back."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+
+
+def print_json(value: Any) -> None:
+    """One JSON value; numbers that are not finite become null."""
+    finite = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+    typer.echo(json.dumps(finite, indent=2))
+
+
+def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """A table that fits the terminal; its text is taken literally."""
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    for row in rows:
+        table.add_row(*(Text(cell, overflow="fold") for cell in row))
+    Console().print(table)
+
+
+def say(text: str) -> None:
+    """A paragraph of plain text, wrapped at words."""
+    Console(highlight=False).print(Text(text))
+
+
+def show_frontier(study: Mapping[str, Any], out: Path) -> None:
+    """The recipes on the frontier, what was chosen, and where the rest is."""
+    from strop.tune.report import view
+
+    told = view(study)
+    lines = [line for line in told["lines"] if line["kind"] in ("chosen", "baseline", "frontier")]
+    names = ("Memory", "Time per token", "Drop, upper limit")
+    columns = [
+        Column("Recipe", ratio=3),
+        *(Column(name, justify="right") for name in names),
+        Column("", ratio=2),
+    ]
+    print_table(
+        columns,
+        [[line["label"], *(line["cells"][name].text for name in names), line["verdict"]] for line in lines],
+    )
+    say(f"{told['outcome']} {told['scope']}\n")
+    rest = len(told["lines"]) - len(lines)
+    typer.echo(f"Recipe: {out / 'recipe.yaml'}")
+    typer.echo(f"Report: {out / 'report.html'}" + (f" (with {rest} more recipes)" if rest else ""))
+    typer.echo(f"Try:    {study['commands'][0]}")
+
+
+def show_row(row: Mapping[str, Any]) -> None:
+    """All measures of one recipe."""
+    from strop.tune.report_measures import MEASURES, MISSING
+
+    found = [(measure, measure.cell(row)) for measure in MEASURES]
+    print_table(
+        [Column("Measure"), Column("Value", justify="right"), Column("", ratio=1), Column("Unit")],
+        [[m.title, cell.text, cell.note, m.unit] for m, cell in found if cell.text != MISSING],
+        title=row["label"],
+    )
+
+
+def show_zoo(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The bundled models, one a line."""
+    from strop.tune.report_measures import size
+
+    columns = [Column("Name"), Column("Size", justify="right", no_wrap=True), Column("About", ratio=1)]
+    print_table(columns, [[row["name"], size(row["bytes"]), row["about"]] for row in rows])
+
+
+def show_claims(claims: Sequence[Any]) -> None:
+    """Each claim with what the paper says, what was measured, and the verdict with its reason."""
+    columns = [
+        Column("Claim", ratio=3),
+        Column("Paper", ratio=2),
+        Column("Measured", ratio=2),
+        Column("95 %", ratio=2),
+        Column("Verdict", ratio=2),
+    ]
+    print_table(
+        columns,
+        [
+            [
+                f"{claim.paper}: {claim.claim}",
+                claim.paper_value,
+                claim.measured,
+                "" if claim.interval is None else " to ".join(f"{end:.3g}" for end in claim.interval),
+                claim.verdict,
+            ]
+            for claim in claims
+        ],
+    )
+    for claim in claims:
+        say(f"{claim.paper}, {claim.verdict}: {claim.reason}")
+
+
+def show_parts(parts: Sequence[Any]) -> None:
+    """What `strop doctor` found, and how to get what is missing."""
+    print_table(
+        [Column("Part"), Column("Found", ratio=1)],
+        [[part.name, part.found or ("MISSING" if part.required else "not here")] for part in parts],
+    )
+    missing = [part for part in parts if part.found is None]
+    if missing:
+        print_table(
+            [Column("Missing"), Column("Is for", ratio=1), Column("Brought by", ratio=1)],
+            [
+                [part.name, part.purpose + ("" if part.required else " (optional)"), part.install]
+                for part in missing
+            ],
+        )

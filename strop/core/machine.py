@@ -1,0 +1,72 @@
+"""What a number was measured on: hardware, versions, and the code itself."""
+
+import datetime
+import os
+import platform
+from functools import cache
+from hashlib import blake2b
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+UNMEASURED = ("cli.py", "doctor.py", "tune/report.py", "tune/report_measures.py")
+"""Code that no measurement runs through."""
+
+
+def version(package: str) -> str | None:
+    """Installed version of a package, or None."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpu_name() -> str | None:
+    """The first CUDA device, or None."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, for reports."""
+    from strop import __version__
+
+    return {
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "os": platform.platform(terse=True),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "strop": __version__,
+        "gpu": gpu_name(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+@cache
+def code_version() -> str:
+    """16 hex digits that name the code that measures, so that a change of it makes old rows stale."""
+    root = Path(__file__).parent.parent
+    hasher = blake2b(digest_size=8)
+    for file in sorted(root.rglob("*.py")):
+        name = file.relative_to(root).as_posix()
+        if name not in UNMEASURED and not name.startswith("claims/"):
+            hasher.update(name.encode() + file.read_bytes())
+    return hasher.hexdigest()

@@ -1,0 +1,247 @@
+"""Where tile codecs keep their bytes: 16-bit sinks, packed tiles, 16-bit tail, ragged over the batch.
+
+Per row of the batch the first `sinks` real tokens and the newest ones stay as they are; everything between is
+packed, `group` tokens a tile. Tiles never change once written, so beams share them through a table. Positions
+are columns of the padded batch; what padding is, the caller says through `first`.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from strop.core.errors import StropError
+
+TILES_AT_ONCE = 32
+
+
+class TileCodec(ABC):
+    """Packs `group` tokens of one KV head into one record of bytes, and attends over records."""
+
+    group: int
+
+    @abstractmethod
+    def check_dim(self, dim: int) -> None:
+        """Raise StropError when the codec cannot serve head size `dim`."""
+
+    @abstractmethod
+    def record_bytes(self, dim: int) -> int:
+        """Bytes of one record: a tile of keys and one of values, metadata included."""
+
+    @abstractmethod
+    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Pack `[..., G, D]` keys and values into records `[..., record_bytes]` uint8."""
+
+    @abstractmethod
+    def decode(self, records: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Undo `encode` up to rounding: keys and values `[..., G, D]` float32."""
+
+    @abstractmethod
+    def scores(self, query: Tensor, records: Tensor) -> Tensor:
+        """Unscaled logits `[B, H_kv, R, N * G]` of `query` `[B, H_kv, R, D]` on records
+        `[B, N, H_kv, bytes]`, without forming the keys."""
+
+    @abstractmethod
+    def accumulate(self, weights: Tensor, records: Tensor, dim: int) -> Tensor:
+        """Weighted sum of values `[B, H_kv, R, D]`, weights `[B, H_kv, R, N * G]`, without forming them."""
+
+
+class Places(NamedTuple):
+    """Which token sits in each of n places, per row of the batch."""
+
+    columns: Tensor
+    """`[B, n]`: the column of the padded batch that the place holds."""
+    own: Tensor
+    """`[B, n]`, bool: whether the row reads the place; a token is read in one place only."""
+
+
+class TileStore:
+    """Keys and values of one layer.
+
+    `keys`, `values` `[B, H_kv, n, D]`: every row's sinks (none before the first tile is packed), then the tail,
+    columns `base` and on. `records` `[tiles, H_kv, bytes]`, found through `table` `[B, m]` (-1: none). `table`,
+    `first` (column of the first real token) and `sunk` (sinks in place), `[B]`, live on the host.
+    """
+
+    TENSORS = ("keys", "values", "records", "table", "first", "sunk")
+
+    def __init__(self, codec: TileCodec, sinks: int, tail: int, keys: Tensor, values: Tensor) -> None:
+        """An empty store for tokens like `keys` and `values`; `sinks` and `tail` as in `TiledKV`."""
+        batch, heads, _, dim = keys.shape
+        self.codec, self.sinks, self.tail = codec, sinks, tail
+        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        self.records = keys.new_empty(0, heads, codec.record_bytes(dim), dtype=torch.uint8)
+        self.table = torch.full((batch, 0), -1)
+        self.first = self.sunk = torch.zeros(batch, dtype=torch.long)
+        self.base = self.sink_slots = 0
+        self._note()
+
+    def _note(self) -> None:
+        """Work out, after a change, what every step asks for."""
+        self.packed = (self.table >= 0).sum(1) * self.codec.group
+        self.tail_start = self.first + self.sunk + self.packed
+        self.pack_at = int((self.tail_start + self.sinks - self.sunk).min()) + self.tail
+        tail_is_own = (self.tail_start <= self.base).all() and (self.sunk == self.sink_slots).all()
+        self.even = bool(tail_is_own and (self.table >= 0).all())
+
+    @property
+    def end(self) -> int:
+        """Columns so far."""
+        return self.base + self.keys.shape[2] - self.sink_slots
+
+    # What is where.
+
+    def slots(self) -> Places:
+        """The places of `keys` and `values`."""
+        sinks = torch.arange(self.sink_slots)
+        tail = torch.arange(self.base, self.end).expand(len(self.first), -1)
+        own = torch.cat([sinks < self.sunk[:, None], tail >= self.tail_start[:, None]], dim=1)
+        return self._places(torch.cat([self.first[:, None] + sinks, tail], dim=1), own)
+
+    def tiles(self, start: int) -> Places:
+        """The places of up to `TILES_AT_ONCE` tiles of each row from the `start`-th."""
+        present = self.table[:, start : start + TILES_AT_ONCE] >= 0
+        own = present.repeat_interleave(self.codec.group, 1)
+        offsets = torch.arange(own.shape[1]) + start * self.codec.group
+        return self._places((self.first + self.sunk)[:, None] + offsets, own)
+
+    def _places(self, columns: Tensor, own: Tensor) -> Places:
+        return Places(columns.to(self.keys.device), own.to(self.keys.device))
+
+    def records_from(self, start: int) -> Tensor:
+        """The records of these tiles, `[B, m, H_kv, bytes]`; any record where there is none."""
+        if len(self.table) == 1:
+            return self.records[None, start : start + TILES_AT_ONCE]
+        table = self.table[:, start : start + TILES_AT_ONCE]
+        return self.records[table.clamp(min=0).to(self.records.device)]
+
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """All keys and values, `[B, H_kv, T, D]` each, in the columns where they came; padding is zero."""
+        if not self.sink_slots and not len(self.records):
+            return self.keys, self.values
+        places, kept = [self.slots()], [(self.keys, self.values)]
+        for start in range(0, self.table.shape[1], TILES_AT_ONCE):
+            places.append(self.tiles(start))
+            decoded = self.codec.decode(self.records_from(start), self.keys.shape[-1])
+            kept.append(tuple(x.transpose(1, 2).flatten(2, 3).to(self.keys.dtype) for x in decoded))
+        columns, own = (torch.cat(parts, dim=1) for parts in zip(*places, strict=True))
+        return tuple(self._in_columns(torch.cat(held, dim=2), columns, own) for held in zip(*kept, strict=True))
+
+    def _in_columns(self, held: Tensor, columns: Tensor, own: Tensor) -> Tensor:
+        batch, heads, _, dim = held.shape
+        out = held.new_zeros(batch, heads, self.end, dim)
+        for row in range(batch):
+            out[row, :, columns[row, own[row]]] = held[row, :, own[row]]
+        return out
+
+    def check(self) -> None:
+        """Assert the invariants: every real token is held once, and every record is used."""
+        assert self.base <= self.end and self.keys.shape == self.values.shape
+        assert (self.tail_start >= self.base).all(), "a token is in no region"
+        assert ((self.sunk == 0) | (self.sunk == self.sink_slots)).all()
+        held = self.table >= 0
+        assert (held[:, :-1] >= held[:, 1:]).all(), "a row's tiles have a hole"
+        assert self.table[held].unique().tolist() == list(range(len(self.records)))
+
+    # What changes it.
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Take the newest tokens `[B, H_kv, q, D]`."""
+        self.keys = torch.cat([self.keys, keys], dim=2)
+        self.values = torch.cat([self.values, values], dim=2)
+
+    def begin(self, first: Tensor) -> None:
+        """Say which column holds each row's first real token, `[B]`."""
+        self.first = first
+        self._note()
+
+    def pack(self, end: int) -> None:
+        """Pack every tile that is due among the columns before `end`."""
+        if end < self.pack_at:
+            return
+        waiting = end - self.tail_start - (self.sinks - self.sunk)
+        due = ((waiting - self.tail) // self.codec.group + 1).clamp(min=0)
+        moving = (due > 0) & (self.sunk < self.sinks)
+        sinks = [self._sinks(held, moving) for held in (self.keys, self.values)]
+        self.sunk = torch.where(moving, self.sinks, self.sunk)
+        self._write(due, self.first + self.sunk + self.packed)
+        self._note()
+        base = int(self.tail_start.min())
+        tail = self._slot(base)
+        self.keys = torch.cat([sinks[0], self.keys[:, :, tail:]], dim=2)
+        self.values = torch.cat([sinks[1], self.values[:, :, tail:]], dim=2)
+        self.base, self.sink_slots = base, self.sinks
+        self._note()
+
+    def _slot(self, column: Any) -> Any:
+        """Where the tail holds a column."""
+        return column - self.base + self.sink_slots
+
+    def _sinks(self, held: Tensor, moving: Tensor) -> Tensor:
+        """The sinks `[B, H_kv, S, D]` with those of the `moving` rows copied from the tail."""
+        sinks = held[:, :, : self.sink_slots]
+        if not self.sink_slots:
+            sinks = held.new_zeros(*held.shape[:2], self.sinks, held.shape[3])
+        rows = moving.nonzero().flatten()
+        slots = self._slot(self.first[rows])[:, None] + torch.arange(self.sinks)
+        return sinks.index_copy(0, rows.to(held.device), _take(held, rows, slots))
+
+    def _write(self, due: Tensor, begin: Tensor) -> None:
+        """Encode `due` tiles `[B]` of each row, the first of them at column `begin` `[B]`."""
+        group, count = self.codec.group, self.packed // self.codec.group
+        rows = torch.arange(len(due)).repeat_interleave(due)
+        nth = torch.arange(len(rows)) - (due.cumsum(0) - due)[rows]
+        slots = self._slot(begin[rows] + nth * group)[:, None] + torch.arange(group)
+        fresh = [
+            self.codec.encode(_take(self.keys, *where), _take(self.values, *where))
+            for where in zip(rows.split(TILES_AT_ONCE), slots.split(TILES_AT_ONCE), strict=True)
+        ]
+        width = int((count + due).max()) - self.table.shape[1]
+        table = pad(self.table, (0, width), value=-1)
+        table[rows, count[rows] + nth] = len(self.records) + torch.arange(len(rows))
+        self.table, self.records = table, torch.cat([self.records, *fresh])
+
+    def crop(self, remove: int) -> None:
+        """Remove the newest columns. Raises StropError when that reaches into packed tokens."""
+        fixed = int(torch.where(self.packed > 0, self.tail_start, 0).max())
+        if self.end - remove < fixed:
+            raise StropError(
+                f"cannot take back {remove} tokens: all but the last {self.end - fixed} are packed; "
+                "raise max_rollback, or start from a new cache"
+            )
+        kept = self.keys.shape[2] - remove
+        self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
+        self.first = self.first.clamp(max=self.end)
+        self._note()
+
+    def state(self) -> dict[str, Tensor]:
+        """All that `restore` needs, by name."""
+        tensors = {name: getattr(self, name) for name in self.TENSORS}
+        return {**tensors, "base": torch.tensor(self.base), "sink_slots": torch.tensor(self.sink_slots)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Hold what another store's `state` says."""
+        for name in self.TENSORS:
+            setattr(self, name, state[name])
+        self.base, self.sink_slots = int(state["base"]), int(state["sink_slots"])
+        self._note()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order; a row may repeat, and then shares its tiles."""
+        here, host = rows.to(self.keys.device), rows.cpu()
+        self.keys, self.values = self.keys[here], self.values[here]
+        self.first, self.sunk, table = self.first[host], self.sunk[host], self.table[host]
+        table = table[:, (table >= 0).any(0)]
+        used, table = table.unique(return_inverse=True)
+        tiles = used[used >= 0]
+        self.table = table - (len(used) - len(tiles))
+        if len(tiles) < len(self.records):
+            self.records = self.records[tiles.to(self.records.device)]
+        self._note()
+
+
+def _take(held: Tensor, rows: Tensor, slots: Tensor) -> Tensor:
+    """Tokens `[n, H_kv, m, D]` at `slots` `[n, m]` of the batch's `rows` `[n]`."""
+    return held[rows[:, None], :, slots].transpose(1, 2)

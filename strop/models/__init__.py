@@ -1,0 +1,1 @@
+"""Finding the bundled models, and the few architectures that transformers and diffusers lack."""

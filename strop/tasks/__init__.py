@@ -1,0 +1,1 @@
+"""What models are judged on: real text, procedural reasoning, recall over documents."""

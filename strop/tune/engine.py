@@ -1,0 +1,279 @@
+"""The main job: candidates, measurements, frontier, report.
+
+Every slot's candidates are measured alone; the best of each slot that keep within the drop are composed; all
+rows go to SQLite as soon as they are complete, keyed by everything that a number depends on.
+"""
+
+import itertools
+import math
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from strop.core.errors import StropError
+from strop.core.files import did_you_mean, digest
+from strop.core.machine import code_version, cpu_name, gpu_name, machine
+from strop.core.method import Method
+from strop.core.store import ResultStore
+from strop.model import Model, load
+from strop.recipe import CANDIDATES, METHODS, Recipe, method_name
+from strop.tasks.data import Data, bundled, read_data
+from strop.tune.frontier import OBJECTIVES, Row, judge
+from strop.tune.measure import Bench, Report, describe
+from strop.tune.report import write_report
+from strop.tune.workload import Workload, build
+
+SURVIVORS = 2
+"""Candidates of a slot that go on to compositions."""
+COMPOSITIONS = 6
+"""Compositions measured, those with the best predicted score."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a study is told."""
+
+    objective: str = "balanced"
+    """What the choice minimises: "memory", "speed" or "balanced"."""
+    max_drop: float = 0.01
+    """Most that the upper 95 % limit of the drop in quality may be."""
+    batch: int = 1
+    """Sequences served together, for speed and memory."""
+    context: int | None = None
+    """Tokens in the cache, for speed and memory; None: the data's 95th percentile."""
+    budget_minutes: float | None = None
+    """Start no measurement after this long."""
+    methods: tuple[str, ...] | None = None
+    """Names of the methods to try; None: all."""
+    device: str = "cpu"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            known = did_you_mean(self.objective, list(OBJECTIVES))
+            raise StropError(f"unknown objective {self.objective!r}; {known}")
+        if not 0 <= self.max_drop < 1:
+            raise StropError(f"--max-drop must be from 0 % to below 100 %, got {self.max_drop:.0%}")
+        if self.batch < 1 or (self.context is not None and self.context < 2):
+            raise StropError("--batch must be at least 1 and --context at least 2")
+        known = [name for methods in METHODS.values() for name in methods]
+        for name in self.methods or ():
+            if name not in known:
+                raise StropError(f"unknown method {name!r}; {did_you_mean(name, known)}")
+
+
+def tune(
+    source: str,
+    data_file: Path | None,
+    out: Path,
+    settings: Settings,
+    resume: bool = False,
+    report: Report = lambda what, share: None,
+) -> dict[str, Any]:
+    """Run a study of `source` on the user's data and write its results into `out`.
+
+    Writes `results.sqlite`, `recipe.yaml` and `report.html`; returns the study as plain data. With `resume`,
+    rows that are there already, from the same code, data and machine, are not measured again. Raises
+    StropError for a user's mistake, before anything is written.
+    """
+    report("loading", 0.0)
+    data = read_data(data_file) if data_file else bundled(source)
+    base = load(source, settings.dtype, settings.device).with_(
+        **dict.fromkeys(("prune", "weights", "kv", "reuse", "decode", "rollout"))
+    )
+    work = build(base, data, settings.context, settings.batch, settings.seed)
+    _require_folder(out)
+    study = Study(base, data, work, out, settings, resume, report)
+    rows = study.run()
+    chosen = judge(rows, settings.objective, settings.max_drop)
+    recipe = Recipe.from_dict(chosen["recipe"])
+    recipe.save(out / "recipe.yaml")
+    result = study.describe(rows, chosen["label"], recipe, _command(source, data_file, out, settings))
+    result["commands"] = [
+        f"strop generate {shlex.quote(str(out / 'recipe.yaml'))} --prompt 'def '",
+        f"strop measure {shlex.quote(str(out / 'recipe.yaml'))}",
+    ]
+    write_report(result, out / "report.html")
+    return result
+
+
+def measure(
+    source: str, data_file: Path | None, settings: Settings, report: Report = lambda what, share: None
+) -> Row:
+    """Measure one recipe or model beside the same checkpoint as is; one row as `tune` makes them."""
+    report("loading", 0.0)
+    model = load(source, settings.dtype, settings.device)
+    base = model.with_(**dict.fromkeys(model.recipe.methods()))
+    data = read_data(data_file) if data_file else bundled(str(model.recipe.model))
+    work = build(base, data, settings.context, settings.batch, settings.seed)
+    return Bench(base, work, settings.seed).row(model, report)
+
+
+class Study:
+    """One run of `tune`: the baseline, its workload, and the rows so far."""
+
+    def __init__(
+        self,
+        base: Model,
+        data: Data,
+        work: Workload,
+        out: Path,
+        settings: Settings,
+        resume: bool,
+        report: Report,
+    ) -> None:
+        self.base, self.data, self.work = base, data, work
+        self.settings, self.resume, self.report = settings, resume, report
+        self.bench = Bench(base, work, settings.seed)
+        self.store = ResultStore(out / "results.sqlite")
+        self.fingerprint = base.checkpoint.fingerprint()
+        self.deadline = time.monotonic() + 60 * (settings.budget_minutes or float("inf"))
+        self.left_out = 0
+
+    def run(self) -> list[Row]:
+        """Measure the baseline, every slot alone, then compositions of the survivors."""
+        singles = list(self._singles())
+        total = 1 + len(singles) + COMPOSITIONS
+        rows = [self._measure(self.base.recipe, 0, total)]
+        for slot, method in singles:
+            rows.append(self._measure(self._recipe({slot: method}), len(rows), total))
+        judge(rows, self.settings.objective, self.settings.max_drop)
+        parts = dict(zip(((slot, method) for slot, method in singles), rows[1:], strict=True))
+        for filled in self._compositions(parts):
+            rows.append(self._measure(self._recipe(filled), len(rows), total))
+        self.store.close()
+        self.report("done", 1.0)
+        return rows
+
+    def _recipe(self, filled: dict[str, Method]) -> Recipe:
+        return Recipe(model=self.base.recipe.model, **filled)  # type: ignore[arg-type]
+
+    def _singles(self) -> Iterator[tuple[str, Method]]:
+        wanted = self.settings.methods
+        for slot, methods in CANDIDATES.items():
+            for method in methods:
+                if wanted is None or method_name(slot, method) in wanted:
+                    yield slot, method
+
+    def _compositions(self, parts: dict[tuple[str, Method], Row]) -> list[dict[str, Method]]:
+        """Products of the best few of each slot, by the product of their parts' scores."""
+        survivors: dict[str, list[tuple[float, Method | None]]] = {slot: [(1.0, None)] for slot in CANDIDATES}
+        for slot, found in survivors.items():
+            alive = [
+                (row["score"], method)
+                for (place, method), row in parts.items()
+                if place == slot and row["within_drop"]
+            ]
+            found += sorted(alive, key=lambda pair: pair[0])[:SURVIVORS]
+        products = []
+        for combination in itertools.product(*survivors.values()):
+            filled = {s: m for s, (_, m) in zip(survivors, combination, strict=True) if m is not None}
+            if len(filled) > 1:
+                products.append((math.prod(value for value, _ in combination), filled))
+        products.sort(key=lambda pair: pair[0])
+        self.left_out = max(len(products) - COMPOSITIONS, 0)
+        return [filled for _, filled in products[:COMPOSITIONS]]
+
+    def _measure(self, recipe: Recipe, index: int, total: int) -> Row:
+        label = recipe.label()
+        names = self._names(recipe)
+        key = digest(names, self.settings.batch, self.work.context, self.settings.dtype, self._machine())
+        row = self.store.get(key) if self.resume else None
+        if row is not None:
+            return row | {"reused": True}
+        if time.monotonic() > self.deadline and index:
+            return describe(recipe) | {"reason": "the time budget was spent", "seconds": 0.0}
+
+        def share(what: str, done: float) -> None:
+            self.report(f"{label}: {what}", min((index + done) / total, 1.0))
+
+        share("starting", 0.0)
+        try:
+            row = self.bench.row(self.base.with_(**recipe.methods()), share)
+        except StropError as error:
+            row = describe(recipe) | {"status": "refused", "reason": str(error), "seconds": 0.0}
+        self.store.put(key, names, row)
+        return row
+
+    def _machine(self) -> tuple[str, str | None]:
+        return cpu_name(), gpu_name() if self.settings.device == "cuda" else None
+
+    def _names(self, recipe: Recipe) -> dict[str, Any]:
+        return {
+            "model": self.base.recipe.model,
+            "model_fingerprint": self.fingerprint,
+            "recipe": recipe.to_dict(),
+            "data_fingerprint": self.data.fingerprint,
+            "seed": self.settings.seed,
+            "code": code_version(),
+        }
+
+    def describe(self, rows: list[Row], chosen: str, recipe: Recipe, command: str) -> dict[str, Any]:
+        """The study as plain data, as `report.write_report` reads it."""
+        shape, config = self.base.kv_shape, self.base.model.config
+        settings = asdict(self.settings)
+        settings["context"] = self.work.context
+        return {
+            "model": {
+                "name": self.base.recipe.model,
+                "arch": type(self.base.model).__name__,
+                "parameters": sum(p.numel() for p in self.base.plain.parameters()),
+                "dtype": str(self.base.dtype).removeprefix("torch."),
+                "layers": config.get_text_config(decoder=True).num_hidden_layers,
+                "kv_layers": shape.layers,
+                "kv_heads": shape.heads,
+                "head_dim": shape.dim,
+                "fingerprint": self.fingerprint,
+            },
+            "data": {
+                "name": self.data.name,
+                "texts": len(self.work.texts),
+                "tokens": sum(map(len, self.work.texts)),
+                "p95_tokens": self.work.p95_tokens,
+                "fingerprint": self.data.fingerprint,
+            },
+            "settings": settings | {"command": command},
+            "machine": machine(),
+            "rows": rows,
+            "chosen": chosen,
+            "recipe_yaml": recipe.to_yaml(),
+            "not_measured": list(self._not_measured(rows)),
+        }
+
+    def _not_measured(self, rows: list[Row]) -> Iterator[dict[str, str]]:
+        if not self.work.problems:
+            yield {"what": "task exact match", "why": "the data has no answers"}
+        if not self.work.recall:
+            yield {"what": "recall of planted keys", "why": "the data holds problems, or texts too short"}
+        if self.left_out:
+            yield {
+                "what": f"{self.left_out} further compositions",
+                "why": f"predicted worse than the {COMPOSITIONS} measured ones",
+            }
+        stock = len(self.base.kv_shape.windows)
+        if stock:
+            yield {
+                "what": f"kv methods in {stock} layers",
+                "why": "these use a sliding window and keep transformers' own cache",
+            }
+        if self.settings.device == "cpu":
+            yield {"what": "speed on a GPU", "why": "the study ran on a CPU; ratios differ between machines"}
+
+
+def _require_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise StropError(f"--out {out} is a file: name a folder")
+
+
+def _command(source: str, data_file: Path | None, out: Path, settings: Settings) -> str:
+    words = ["strop", "tune", source, *(["--data", str(data_file)] if data_file else []), "--out", str(out)]
+    default = Settings()
+    for name, value in asdict(settings).items():
+        if value != getattr(default, name):
+            shown = ",".join(value) if isinstance(value, tuple) else f"{value}"
+            words += [f"--{name.replace('_', '-')}", shown]
+    return shlex.join(words)

@@ -1,0 +1,47 @@
+"""From measured rows to a choice: what dominates what, and which recipe the objective prefers."""
+
+from math import sqrt
+from typing import Any
+
+Row = dict[str, Any]
+
+OBJECTIVES = ("memory", "speed", "balanced")
+
+
+def score(row: Row, objective: str) -> float | None:
+    """Lower is better; None for what was not measured. `balanced` is the geometric mean of both ratios."""
+    if row["status"] != "measured":
+        return None
+    memory, step = row["memory"]["ratio"], row["speed"]["step_ratio"][0]
+    return {"memory": memory, "speed": step, "balanced": sqrt(memory * step)}[objective]
+
+
+def costs(row: Row) -> tuple[float, float, float]:
+    """Memory ratio, step-time ratio, upper limit of the drop: what dominance compares."""
+    return row["memory"]["ratio"], row["speed"]["step_ratio"][0], row["quality"]["drop_hi"]
+
+
+def dominates(one: Row, other: Row) -> bool:
+    """Whether `one` is nowhere worse than `other`, and somewhere better."""
+    pairs = list(zip(costs(one), costs(other), strict=True))
+    return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+
+def judge(rows: list[Row], objective: str, max_drop: float) -> Row:
+    """Fill in score, frontier and choice of every row in place; returns the chosen row.
+
+    `rows[0]` is the baseline, which is always within the drop and chosen when nothing beats it.
+    """
+    measured = [row for row in rows if row["status"] == "measured"]
+    for row in rows:
+        ok = row in measured
+        rival = next((other for other in measured if dominates(other, row)), None) if ok else None
+        row["score"] = score(row, objective)
+        row["within_drop"] = ok and (row is rows[0] or row["quality"]["drop_hi"] <= max_drop)
+        row["dominated_by"] = rival["label"] if rival else None
+        row["on_frontier"] = ok and rival is None
+        row["chosen"] = False
+    allowed = [row for row in measured if row["within_drop"]]
+    best = min(allowed, key=lambda row: row["score"]) if allowed else rows[0]
+    best["chosen"] = True
+    return best

@@ -1,0 +1,170 @@
+"""One measurement: a recipe beside the same checkpoint as is, on one workload, as one plain row."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any
+
+from strop.audit.memory import fill_cache
+from strop.audit.quality import agreement, exact_match_loss, text_quality
+from strop.audit.speed import ROUNDS, speed
+from strop.core.errors import StropError
+from strop.model import Model
+from strop.recipe import SLOTS, Recipe, label
+from strop.tune.workload import CONTINUATION, Workload, answered, recalled
+
+BATCH = 16
+"""Prompts generated together when the recipe allows it."""
+PLAIN = {"decode": "plain"}
+
+Report = Callable[[str, float], None]
+"""Called with what is going on and the share done, 0 to 1."""
+
+
+class Bench:
+    """A baseline on a workload; its own outputs are computed once and shared by all rows."""
+
+    def __init__(self, base: Model, work: Workload, seed: int = 0) -> None:
+        self.base, self.work, self.seed = base, work, seed
+
+    @cached_property
+    def base_continuations(self) -> list[list[int]]:
+        """The baseline's greedy continuations of the prompts."""
+        return continuations(self.base, self.work)
+
+    @cached_property
+    def base_solved(self) -> list[bool]:
+        """Which problems the baseline solves."""
+        return solved(self.base, self.work)
+
+    def row(self, model: Model, report: Report = lambda what, share: None) -> dict[str, Any]:
+        """Measure one recipe. A recipe that cannot run gives a row that says why."""
+        start = time.perf_counter()
+        row = describe(model.recipe)
+        try:
+            row["memory"] = self.memory(model)
+            row["quality"] = self.quality(model, report)
+            row["speed"] = self.speed(model, report)
+            row["status"] = "measured"
+        except StropError as error:
+            row |= {"status": "refused", "reason": str(error), "memory": None, "quality": None}
+        return row | {"seconds": time.perf_counter() - start}
+
+    def quality(self, model: Model, report: Report) -> dict[str, Any]:
+        """Perplexity, KL, exact match, agreement and recall."""
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            report("quality", 0.6 * done / len(self.work.texts))
+
+        measured = text_quality(self.base, model, self.work.texts, seed=self.seed, step=step)
+        quality = dataclasses.asdict(measured) | {
+            "agreement": None,
+            "exact_match": None,
+            "exact_match_loss": None,
+            "exact_match_loss_hi": None,
+            "recall": recall(model, self.work),
+        }
+        if self.work.prompts:
+            quality["agreement"] = agreement(self.base_continuations, continuations(model, self.work))
+        report("quality", 0.7)
+        if self.work.problems:
+            right = solved(model, self.work)
+            loss, _, high = exact_match_loss(self.base_solved, right, self.seed)
+            quality["exact_match"] = sum(right) / len(right)
+            quality |= {"exact_match_loss": loss, "exact_match_loss_hi": high}
+        drops = (quality["ppl_rise_hi"], quality["exact_match_loss_hi"])
+        return quality | {"drop_hi": max(drop for drop in drops if drop is not None)}
+
+    def speed(self, model: Model, report: Report) -> dict[str, Any]:
+        """Times and ratios; the baseline against itself shows the noise of the machine."""
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            done += 1
+            report("speed", 0.7 + 0.3 * done / ROUNDS)
+
+        rows = self.work.speed_rows
+        if model.recipe.decode is not None and len(rows) > 1:
+            raise StropError("speculation takes one prompt at a time: use --batch 1, or no decode method")
+        return dataclasses.asdict(speed(self.base, model, rows, step=step))
+
+    def memory(self, model: Model) -> dict[str, Any]:
+        """Weights and KV at the stated batch and context, and the ratio to the baseline."""
+        rows, shape = self.work.speed_rows, model.kv_shape
+        tokens, batch = self.work.context, len(rows)
+        dense = shape.dense_bytes(tokens)
+        kv = model.recipe.kv
+        formula = dense if kv is None else kv.kv_bytes(shape, tokens)
+        weights = model.weight_bytes()
+        total = weights + batch * formula
+        elements = dense * batch // shape.itemsize
+        return dataclasses.asdict(fill_cache(model, rows)) | {
+            "weights_bytes": weights,
+            "kv_bytes": batch * formula,
+            "total_bytes": total,
+            "ratio": total / (self.base.weight_bytes() + batch * dense),
+            "kv_bits_per_element": 8 * batch * formula / elements,
+            "context": tokens,
+            "batch": batch,
+        }
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """The part of a row that is known before measuring."""
+    filled = recipe.methods()
+    return {
+        "label": recipe.label(),
+        "recipe": recipe.to_dict(),
+        "slots": {
+            slot: label(slot, filled[slot]) if slot in filled else PLAIN.get(slot, "as is")
+            for slot in SLOTS
+            if slot in filled or slot in ("weights", "kv", "decode")
+        },
+        "status": "skipped",
+        "reason": None,
+        "quality": None,
+        "speed": None,
+        "memory": None,
+    }
+
+
+def in_batches(model: Model, rows: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[list[int]]:
+    """Greedy continuations of prompts (token ids), as many at a time as the recipe allows."""
+    size = 1 if model.recipe.decode is not None else BATCH
+    out: list[list[int]] = []
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        longest = max(len(row) for row in rows[part])
+        room = model.context_limit - longest
+        out += model.generate_ids(rows[part], min(max(tokens[part]), room))
+    return out
+
+
+def continuations(model: Model, work: Workload) -> list[list[int]]:
+    """Greedy continuations of the workload's prompts."""
+    return in_batches(model, work.prompts, [CONTINUATION] * len(work.prompts))
+
+
+def solved(model: Model, work: Workload) -> list[bool]:
+    """Which of the workload's problems a model solves."""
+    problems = work.problems
+    ids = in_batches(model, [p.ids for p in problems], [p.tokens for p in problems])
+    texts = model.tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [answered(work.extract, p.answer, text) for p, text in zip(problems, texts, strict=True)]
+
+
+def recall(model: Model, work: Workload) -> dict[str, float] | None:
+    """Share of planted keys recalled at each depth."""
+    if not work.recall:
+        return None
+    rows = [model.encode(example.prompt) for _, example in work.recall]
+    texts = model.tokenizer.batch_decode(in_batches(model, rows, [12] * len(rows)), skip_special_tokens=True)
+    hits: dict[str, list[bool]] = {}
+    for (depth, example), text in zip(work.recall, texts, strict=True):
+        hits.setdefault(str(depth), []).append(recalled(example, text))
+    return {depth: sum(right) / len(right) for depth, right in hits.items()}

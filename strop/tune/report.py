@@ -1,0 +1,240 @@
+"""One HTML file that tells the outcome of a study to somebody who was not there.
+
+The page is self-contained: style, script, chart library and data are inside, a content security
+policy forbids every request, and every table is readable without JavaScript.  All numbers are
+worded here and in ``report_measures.py``; the template (``report.html.j2``), its style and its
+script only lay them out.  Labels and reasons are treated as hostile text.  What is not covered:
+measuring, ranking and choosing, which the study brings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from plotly.offline import get_plotlyjs
+
+from strop.tune.report_measures import (
+    MEASURES,
+    MISSING,
+    Row,
+    allowed,
+    between,
+    join,
+    percent,
+    pick,
+    ratio,
+    share,
+    shown,
+    size,
+)
+
+SLOT_TITLES = {"kv": "KV cache"}
+STATES = ("measured", "refused", "failed", "skipped")
+
+
+def drop_in_words(quality: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The name and the estimate of the measure that `drop_hi` is the upper limit of."""
+    high = quality.get("drop_hi")
+    for name, key in (("perplexity rise", "ppl_rise"), ("loss of exact match", "exact_match_loss")):
+        if high is not None and quality.get(f"{key}_hi") == high:
+            return name, quality.get(key)
+    return "quality drop", None
+
+
+def clauses(row: Row, max_drop: float | None) -> Iterable[str]:
+    """What the chosen recipe keeps and saves, one clause a measure."""
+    high = pick(row, "quality.drop_hi")
+    if high is not None:
+        name, estimate = drop_in_words(row["quality"])
+        measured = "" if estimate is None else f"measured {percent(estimate)}, "
+        measured += f"upper limit {percent(high)}"
+        if max_drop is None:
+            yield f"costs a {name} ({measured})"
+        else:
+            keeps = "keeps" if high <= max_drop else "does not keep"
+            yield f"{keeps} the {name} within {share(max_drop)} ({measured})"
+    if pick(row, "memory.ratio") is not None:
+        yield f"needs {ratio(row['memory']['ratio'])} of the memory"
+    step, low, high = pick(row, "speed.step_ratio") or (None, None, None)
+    if step is not None:
+        doubt = ": no clear difference" if low is not None and low <= 1 <= (high or 0) else ""
+        interval = between(low, high, ratio)
+        yield f"takes {ratio(step)} of the time per token" + (
+            f" (95\u00a0% interval {interval}{doubt})" if interval else ""
+        )
+
+
+def outcome(rows: list[Row], chosen: Row, max_drop: float | None) -> str:
+    """The study in one or two sentences."""
+    if chosen is not rows[0]:
+        *first, last = list(clauses(chosen, max_drop)) or ["is the recipe chosen"]
+        return f"{chosen['label']} {', '.join(first)}{' and ' if first else ''}{last}."
+    others = [row for row in rows[1:] if row["status"] == "measured"]
+    stays = "The model stays as it is"
+    if not others:
+        return f"{stays}: no other recipe was measured."
+    if any(row["within_drop"] for row in others):
+        return f"{stays}: no recipe within {allowed(max_drop)} scores better."
+    sentence = f"{stays}: no recipe out of {len(others)} is shown to be within {allowed(max_drop)}."
+    limits = [row for row in others if pick(row, "quality.drop_hi") is not None]
+    if not limits:
+        return sentence
+    nearest = min(limits, key=lambda row: row["quality"]["drop_hi"])
+    bound = percent(nearest["quality"]["drop_hi"])
+    return f"{sentence} The nearest is {nearest['label']}, with an upper limit of {bound}."
+
+
+def verdict(row: Row, baseline: bool) -> tuple[str, str]:
+    """The class (for colour) and the words for what became of a recipe."""
+    if row["status"] != "measured":
+        return row["status"], f"{row['status']}: {row['reason'] or 'no reason was given'}"
+    if row["chosen"]:
+        return "chosen", "chosen: the model as it is" if baseline else "chosen"
+    if baseline:
+        return "baseline", "baseline"
+    beaten = f"dominated by {row['dominated_by']}" if row["dominated_by"] else ""
+    if not row["within_drop"]:
+        return "outside", join("over the allowed drop", beaten)
+    return ("frontier", "on the frontier") if row["on_frontier"] else ("dominated", beaten or "dominated")
+
+
+def point(row: Row, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the charts need of a measured recipe, the words of its hover label included."""
+    method = row["recipe"].get("kv") if entry["changed"] == ["kv"] else None
+    family = next(iter(method), None) if isinstance(method, Mapping) else None
+    hover = [
+        f"{title}: {cell.text}" + (f" ({cell.note})" if cell.note else "")
+        for title, cell in entry["cells"].items()
+        if cell.text != MISSING
+    ]
+    return {
+        "label": row["label"], "baseline": entry["baseline"], "chosen": row["chosen"],
+        "frontier": row["on_frontier"], "within": row["within_drop"], "family": family,
+        "setting": str(row["slots"].get("kv")).removeprefix(str(family)).strip(),
+        "memory": pick(row, "memory.ratio"), "kv": pick(row, "memory.kv_bytes"),
+        "time": pick(row, "speed.step_ratio"), "drop": pick(row, "quality.drop_hi"),
+        "kl": [pick(row, f"quality.{key}") for key in ("kl", "kl_lo", "kl_hi")],
+        "hover": [entry["verdict"], *hover],
+    }  # fmt: skip
+
+
+def scope(study: Mapping[str, Any]) -> str:
+    """What the numbers hold for: text, batch, context and device."""
+    texts = shown(study, "data.texts", "{:,}".format, "{} texts")
+    tokens = shown(study, "data.tokens", "{:,}".format, "{} tokens")
+    name = shown(study, "data.name", str, " of {}")
+    batch = shown(study, "settings.batch", str, "batch {}")
+    context = shown(study, "settings.context", "{:,}".format, "context {} tokens")
+    device = shown(study, "settings.device", str, "on {}")
+    return f"Measured on {join(texts, tokens)}{name}; {join(batch, context, device)}."
+
+
+def figures(rows: list[Row], chosen: Row, max_drop: float | None) -> list[tuple[str, str, str]]:
+    """The few numbers at the top of the page: name, value, small print."""
+    whole = shown(rows[0], "memory.total_bytes", size, " instead of {}")
+    notes = {"Memory": whole, "Drop, upper limit": allowed(max_drop)}
+    found = []
+    for measure in MEASURES:
+        cell = measure.cell(chosen)
+        if measure.brief and measure.title != "KL" and cell.text != MISSING:
+            found.append((measure.title, cell.text, cell.note + notes.get(measure.title, "")))
+    tally = Counter(row["status"] for row in rows)
+    states = [f"{tally[state]} {state}" for state in STATES if tally[state]]
+    return [*found, ("Recipes tried", str(len(rows)), join(*states))]
+
+
+def fact(value: Any) -> str:
+    """A setting or a property of the machine in words."""
+    if isinstance(value, int) and value > 9999:
+        return f"{value:,}"
+    if isinstance(value, list):
+        return join(*map(str, value))
+    return MISSING if value is None else str(value)
+
+
+def line(row: Row, baseline: Row) -> dict[str, Any]:
+    """A table row: what the template prints for one recipe, and which slots it changes."""
+    kind, words = verdict(row, row is baseline)
+    return {
+        "label": row["label"], "kind": kind, "verdict": words, "baseline": row is baseline,
+        "slots": row["slots"], "cells": {measure.title: measure.cell(row) for measure in MEASURES},
+        "changed": [s for s, value in row["slots"].items() if value != baseline["slots"].get(s)],
+        "yaml": yaml.safe_dump(row["recipe"], sort_keys=False, allow_unicode=True),
+        "order": (row["status"] != "measured", not row["within_drop"],
+                  math.inf if row["score"] is None else row["score"]),
+    }  # fmt: skip
+
+
+def view(study: Mapping[str, Any]) -> dict[str, Any]:
+    """The study in words, as the template wants it."""
+    rows, max_drop = study["rows"], study["settings"].get("max_drop")
+    chosen = next((row for row in rows if row["chosen"]), rows[0])
+    lines = [line(row, rows[0]) for row in rows]
+    points = [
+        point(row, entry) for row, entry in zip(rows, lines, strict=True) if row["status"] == "measured"
+    ]
+    names = dict.fromkeys(slot for row in rows for slot in row["slots"])
+    slots = [(slot, SLOT_TITLES.get(slot, slot.capitalize())) for slot in names]
+    lines.sort(key=lambda entry: entry["order"])
+    groups = [
+        (f"{title} alone", [entry for entry in lines if entry["changed"] == [slot]]) for slot, title in slots
+    ]
+    groups.append(("Compositions", [entry for entry in lines if len(entry["changed"]) > 1]))
+    return {
+        **study,
+        "outcome": outcome(rows, chosen, max_drop),
+        "scope": scope(study),
+        "allowed": allowed(max_drop),
+        "figures": figures(rows, chosen, max_drop),
+        "lines": lines,
+        "groups": [(title, members) for title, members in groups if members],
+        "slots": slots,
+        "measures": [
+            measure
+            for measure in MEASURES
+            if any(entry["cells"][measure.title].text != MISSING for entry in lines)
+        ],
+        "charts": {"points": points, "max_drop": max_drop},
+        "families": list(dict.fromkeys(p["family"] for p in points if p["family"])),
+    }
+
+
+def asset(name: str) -> str:
+    return resources.files("strop.tune").joinpath(name).read_text(encoding="utf-8")
+
+
+def render(study: Mapping[str, Any]) -> str:
+    """The whole page.  The nonce, which only our own scripts carry, is a digest of the study."""
+    text = json.dumps(study)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["fact"] = fact
+    return environment.from_string(asset("report.html.j2")).render(
+        view(json.loads(text, parse_constant=lambda name: None)),
+        nonce=hashlib.sha256(text.encode()).hexdigest(),
+        style=asset("report.css"),
+        charting=asset("report_charts.js"),
+        script=asset("report_page.js"),
+        plotly=get_plotlyjs(),
+    )
+
+
+def write_report(study: Mapping[str, Any], path: Path) -> None:
+    """Write the page for `study` to `path`, whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_text(render(study), encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

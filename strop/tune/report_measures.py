@@ -1,0 +1,230 @@
+"""What a report says of one recipe: every measure, its words, its unit and its meaning.
+
+`MEASURES` is the one table behind the columns, the hover labels and the definitions of the report,
+so that none of them can say something different.  What is not covered: judging a recipe; that is
+in ``report.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+Row = Mapping[str, Any]
+MISSING = "\N{EN DASH}"
+
+
+class Cell(NamedTuple):
+    """What a table shows for one value, the small print under it, and what it sorts by."""
+
+    text: str
+    note: str = ""
+    sort: float | str = ""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that a recipe may have: where the study keeps it, how it reads, what it means."""
+
+    title: str
+    unit: str
+    path: str
+    show: Callable[[Any], str]
+    meaning: str
+    note: Callable[[Row], str] = lambda row: ""
+    brief: bool = False
+    """Also shown in the short tables, one a slot."""
+    paper: bool = True
+    """Also shown in print, where the width is limited."""
+
+    def cell(self, row: Row) -> Cell:
+        """The value of one recipe; intervals sort by their estimate, recall by its worst depth."""
+        value = pick(row, self.path)
+        if isinstance(value, Mapping):
+            value = min((v for v in value.values() if v is not None), default=None)
+        elif isinstance(value, list):
+            value = value[0]
+        return Cell(MISSING) if value is None else Cell(self.show(value), self.note(row), value)
+
+
+def pick(row: Row, path: str) -> Any:
+    """The value at a dotted path, or None where any part of the path is missing or null."""
+    value: Any = row
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def ratio(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
+
+
+def percent(value: float) -> str:
+    hundredths = 100 * value
+    digits = 2 if 0 < abs(hundredths) < 10 else 1 if 0 < abs(hundredths) < 100 else 0
+    return f"{hundredths:z.{digits}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
+
+
+def share(value: float) -> str:
+    """A percentage that somebody chose, without trailing zeros."""
+    return f"{100 * value:.6g}\N{NO-BREAK SPACE}%"
+
+
+def allowed(max_drop: float | None) -> str:
+    return "the allowed drop" + ("" if max_drop is None else f" of {share(max_drop)}")
+
+
+def size(value: float) -> str:
+    power = min(4, max(0, (int(abs(value)).bit_length() - 1) // 10))
+    scaled = value / 1024**power
+    digits = f"{scaled:.0f}" if power == 0 or scaled >= 1000 else f"{scaled:.3g}"
+    return f"{digits}\N{NO-BREAK SPACE}{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def small(value: float) -> str:
+    digits = f"{value:#.2g}".rstrip(".") if value else "0"
+    return digits.replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
+
+
+def seconds(value: float) -> str:
+    scaled, unit = (1000 * value, "ms") if value < 1 else (value, "s")
+    return f"{scaled:.3g}\N{NO-BREAK SPACE}{unit}"
+
+
+def join(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
+
+
+def shown(row: Row, path: str, show: Callable[[Any], str], wording: str = "{}") -> str:
+    """The value at `path` in words, or nothing where it is missing."""
+    value = pick(row, path)
+    return "" if value is None else wording.format(show(value))
+
+
+def between(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
+    return "" if low is None or high is None else f"{show(low)} to {show(high)}"
+
+
+def timing(part: str) -> Callable[[Row], str]:
+    """The note under a time ratio: its interval, and the time itself."""
+
+    def note(row: Row) -> str:
+        _, low, high = pick(row, f"speed.{part}_ratio")
+        return join(between(low, high, ratio), shown(row, f"speed.{part}_s", seconds))
+
+    return note
+
+
+def kl_interval(row: Row) -> str:
+    return between(pick(row, "quality.kl_lo"), pick(row, "quality.kl_hi"), small)
+
+
+def perplexity(row: Row) -> str:
+    return join(
+        shown(row, "quality.ppl_rise_hi", percent, "up to {}"),
+        shown(row, "quality.ppl", "{:.3f}".format, "ppl {}"),
+    )
+
+
+def answers(row: Row) -> str:
+    return join(
+        shown(row, "quality.exact_match_loss", percent, "loss {}"),
+        shown(row, "quality.exact_match_loss_hi", percent, "up to {}"),
+    )
+
+
+def kv_held(row: Row) -> str:
+    return join(
+        shown(row, "memory.kv_bits_per_element", "{:.3g}".format, "{} bits each"),
+        shown(row, "memory.kv_bytes_measured", size, "held {}"),
+    )
+
+
+def worst_depth(row: Row) -> str:
+    known = {k: v for k, v in pick(row, "quality.recall").items() if v is not None}
+    return f"at depth {min(known, key=lambda depth: known[depth])}"
+
+
+MEASURES = (
+    Measure(
+        "Memory", "baseline = 1", "memory.ratio", ratio,
+        "bytes of the weights and the KV cache at the stated batch and context, scales and zero "
+        "points included, over the same bytes of the baseline",
+        lambda row: shown(row, "memory.total_bytes", size), brief=True,
+    ),
+    Measure(
+        "Time per token", "baseline = 1", "speed.step_ratio", ratio,
+        "time of one decoded token over the baseline's: below 1 is faster. Beside it stand the "
+        "95 % bootstrap interval of the ratio and the time itself",
+        timing("step"), brief=True,
+    ),
+    Measure(
+        "Drop, upper limit", "%", "quality.drop_hi", percent,
+        "the upper end of the 95 % interval of the quality lost: perplexity rise or loss of exact "
+        "match, whichever is worse. A recipe is within the allowed drop when this number is, not "
+        "only the estimate",
+        brief=True,
+    ),
+    Measure(
+        "Perplexity rise", "%", "quality.ppl_rise", percent,
+        "perplexity on the text over the baseline's, less one: below 0 is better than the baseline. "
+        "Text is read in blocks, each through the cache that the recipe has changed so far",
+        perplexity,
+    ),
+    Measure(
+        "KL", "nats a token", "quality.kl", small,
+        "mean Kullback-Leibler divergence from the baseline's next-token distribution to the "
+        "recipe's on the same text: 0 is the same model. Its 95 % interval stands beside it",
+        kl_interval, brief=True,
+    ),
+    Measure(
+        "Agreement", "% of tokens", "quality.agreement", percent,
+        "mean share of the baseline's greedy continuation that the recipe repeats before it first "
+        "departs from it",
+    ),
+    Measure(
+        "Exact match", "% of answers", "quality.exact_match", percent,
+        "share of problems answered right. The loss is relative: 1 % is one in a hundred of those "
+        "that the baseline answers right",
+        answers,
+    ),
+    Measure(
+        "Recall", "worst depth", "quality.recall", ratio,
+        "share of facts found again in a long text, by how deep they are buried (0 is the start); "
+        "the worst depth is shown",
+        worst_depth,
+    ),
+    Measure(
+        "Weights", "bytes", "memory.weights_bytes", size,
+        "bytes of the weights, scales and zero points included", paper=False,
+    ),
+    Measure(
+        "KV cache", "bytes", "memory.kv_bytes", size,
+        "bytes of keys and values at the stated batch and context, metadata included. Beside it "
+        "stand the bits of each number in it and the bytes that the cache held while it was measured",
+        kv_held,
+    ),
+    Measure(
+        "First token", "baseline = 1", "speed.ttft_ratio", ratio,
+        "time from the prompt to the first token, over the baseline's", timing("ttft"),
+    ),
+    Measure(
+        "KV time", "baseline = 1", "speed.kv_ratio", ratio,
+        "the part of the time per token that the cache costs (the time at the stated context less "
+        "the time at a context of one token), over the baseline's; left open where the baseline's "
+        "own part is within the noise",
+        timing("kv"), paper=False,
+    ),
+    Measure(
+        "Peak memory", "bytes", "memory.peak_rss_bytes", size,
+        "highest memory of the process (on a GPU, of the device) while the cache was filled; the "
+        "baseline's weights are loaded as well",
+        paper=False,
+    ),
+    Measure(
+        "Score", "lower is better", "score", "{:.3f}".format,
+        "the objective, which ranks the recipes within the allowed drop: the ratio of memory or of "
+        "time per token or, when balanced, the geometric mean of both",
+    ),
+)  # fmt: skip

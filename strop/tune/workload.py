@@ -1,0 +1,162 @@
+"""The user's data as one model reads it: texts to score, prompts to continue, keys to recall."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+
+import numpy as np
+
+from strop.core.errors import StropError
+from strop.model import Model
+from strop.tasks.base import Example, is_right
+from strop.tasks.data import Data
+from strop.tasks.reasoning import final_answer
+from strop.tasks.recall import first_digits, passkeys
+
+SCORED_TOKENS = 8_192
+"""Tokens of text that perplexity and KL are taken on, at most."""
+CONTINUED = 8
+"""Prompts whose greedy continuation is compared."""
+CONTINUATION = 48
+"""Tokens of a continuation."""
+PROBLEMS = 64
+"""Problems with answers, at most."""
+KEYS_PER_DEPTH = 3
+SHORTEST = 16
+"""Tokens below which a text is left out."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt with a known answer."""
+
+    ids: tuple[int, ...]
+    answer: str
+    tokens: int
+    """New tokens that an answer may take."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every recipe of one study is measured on."""
+
+    texts: tuple[tuple[int, ...], ...]
+    """Token ids scored under pseudo-decode."""
+    prompts: tuple[tuple[int, ...], ...]
+    """Token ids continued greedily, to compare with the baseline's own continuation."""
+    problems: tuple[Problem, ...]
+    recall: tuple[tuple[float, Example], ...]
+    context: int
+    """Tokens in the cache at which speed and memory are stated."""
+    speed_rows: tuple[tuple[int, ...], ...]
+    """A batch of prompts of `context` tokens."""
+    extract: Callable[[str], str | None]
+    """Finds the answer in a completion."""
+    p95_tokens: int
+
+
+def build(model: Model, data: Data, context: int | None, batch: int, seed: int) -> Workload:
+    """Tokenise the data for a model.
+
+    `context` None means the data's 95th percentile of tokens. Raises StropError when no text is long enough,
+    or when the context exceeds what the model was made for.
+    """
+    full = [model.encode(row.prompt) + _answer_ids(model, row.solution or row.answer) for row in data.rows]
+    full = [ids for ids in full if len(ids) >= SHORTEST]
+    if not full:
+        raise StropError(f"no text in {data.name} has {SHORTEST} tokens: give longer or more text")
+    p95 = int(np.percentile([len(ids) for ids in full], 95))
+    room = model.context_limit - CONTINUATION
+    if context is not None and context > room:
+        raise StropError(
+            f"--context {context} leaves no room for {CONTINUATION} new tokens in this model's context of "
+            f"{model.context_limit}: use at most {room}"
+        )
+    context = context or max(min(p95, room), 2)
+    texts = _texts(full, context, seed)
+    return Workload(
+        texts=texts,
+        prompts=_prompts(model, data, texts),
+        problems=_problems(model, data),
+        recall=_recall(model, data, context, seed),
+        context=context,
+        speed_rows=tuple(_repeat(texts, context, start) for start in range(batch)),
+        extract=final_answer if data.kind == "reasoning" else str.strip,
+        p95_tokens=p95,
+    )
+
+
+def answered(extract: Callable[[str], str | None], answer: str, completion: str) -> bool:
+    """Whether a completion gives the answer: as a whole, as its first line, or as its last line."""
+    lines = completion.strip().splitlines() or [""]
+    example = Example("", answer.strip())
+    return any(is_right(example, part, extract) for part in (completion, lines[0], lines[-1]))
+
+
+def recalled(example: Example, completion: str) -> bool:
+    """Whether a completion starts with the planted key."""
+    return is_right(example, completion, first_digits)
+
+
+def _answer_ids(model: Model, text: str | None) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _texts(full: Sequence[Sequence[int]], context: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Windows of at most `context` tokens, spread over the data, `SCORED_TOKENS` in all."""
+    windows = [
+        tuple(ids[start : start + context])
+        for ids in full
+        for start in range(0, len(ids), context)
+        if len(ids) - start >= min(SHORTEST, context)
+    ]
+    Random(f"{seed}/texts").shuffle(windows)
+    windows.sort(key=len, reverse=True)
+    chosen, tokens = [], 0
+    for window in windows:
+        if chosen and tokens + len(window) > SCORED_TOKENS:
+            break
+        chosen.append(window)
+        tokens += len(window)
+    return tuple(chosen)
+
+
+def _prompts(model: Model, data: Data, texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
+    if data.kind == "text":
+        return tuple(tuple(ids[: max(len(ids) - CONTINUATION, 1)]) for ids in texts[:CONTINUED])
+    room = model.context_limit - CONTINUATION
+    ids = [tuple(model.encode(row.prompt)) for row in data.rows]
+    return tuple(row for row in ids if 0 < len(row) <= room)[:CONTINUED]
+
+
+def _problems(model: Model, data: Data) -> tuple[Problem, ...]:
+    rows = [row for row in data.rows if row.answer is not None][:PROBLEMS]
+    found = []
+    for row in rows:
+        ids = tuple(model.encode(row.prompt))
+        worked = len(_answer_ids(model, row.solution or row.answer))
+        tokens = min(worked * 5 // 4 + 16, model.context_limit - len(ids))
+        if tokens > 0:
+            found.append(Problem(ids, row.answer or "", tokens))
+    return tuple(found)
+
+
+def _recall(model: Model, data: Data, context: int, seed: int) -> tuple[tuple[float, Example], ...]:
+    filler = [model.text(row.prompt) for row in data.rows]
+    length = int(min(context, model.context_limit - 64) * 0.8)
+    if data.kind == "reasoning" or length < 64:
+        return ()
+
+    def count_tokens(text: str) -> int:
+        return len(_answer_ids(model, text))
+
+    return tuple(passkeys(filler, KEYS_PER_DEPTH, length=length, count_tokens=count_tokens, seed=seed))
+
+
+def _repeat(texts: Sequence[Sequence[int]], length: int, start: int) -> tuple[int, ...]:
+    """`length` token ids from the texts, from text `start` on, round and round."""
+    ids: list[int] = []
+    while len(ids) < length:
+        ids += texts[start % len(texts)]
+        start += 1
+    return tuple(ids[:length])
