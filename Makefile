@@ -22,10 +22,10 @@ $(DEV_STAMP): $(STAMP)
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/strop tune zoo:coder --out runs/demo --resume
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/strop tune zoo:coder --out runs/demo --resume
 
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -47,7 +47,7 @@ class Strop(TyperGroup):
             fail(str(error))
         except UsageError as error:
             path = error.ctx.command_path if error.ctx else "strop"
-            message = error.format_message().rstrip(".").replace(". ", "; ")
+            message = error.format_message().rstrip(".").replace(". ", "; ").replace("Value error, ", "")
             fail(f"{message} (see `{path} --help`)")
         except ModuleNotFoundError as error:
             fail(f"the package {error.name} is not installed: `strop doctor` says what brings it")
@@ -195,10 +195,14 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
+def plain(value: Any) -> Any:
+    """As JSON has it: tuples become lists, and numbers that are not finite null."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+
+
 def print_json(value: Any) -> None:
-    """One JSON value; numbers that are not finite become null."""
-    finite = json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
-    typer.echo(json.dumps(finite, indent=2))
+    """One JSON value."""
+    typer.echo(json.dumps(plain(value), indent=2))
 
 
 def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
@@ -218,7 +222,7 @@ def show_frontier(study: Mapping[str, Any], out: Path) -> None:
     """The recipes on the frontier, what was chosen, and where the rest is."""
     from strop.tune.report import view
 
-    told = view(study)
+    told = view(plain(study))
     lines = [line for line in told["lines"] if line["kind"] in ("chosen", "baseline", "frontier")]
     names = ("Memory", "Time per token", "Drop, upper limit")
     columns = [
@@ -241,7 +245,7 @@ def show_row(row: Mapping[str, Any]) -> None:
     """All measures of one recipe."""
     from strop.tune.report_measures import MEASURES, MISSING
 
-    found = [(measure, measure.cell(row)) for measure in MEASURES]
+    found = [(measure, measure.cell(plain(row))) for measure in MEASURES]
     print_table(
         [Column("Measure"), Column("Value", justify="right"), Column("", ratio=1), Column("Unit")],
         [[m.title, cell.text, cell.note, m.unit] for m, cell in found if cell.text != MISSING],

@@ -75,6 +75,11 @@ class Model:
         return self.plain.dtype
 
     @property
+    def vocabulary(self) -> int:
+        """Tokens that the model has embeddings for."""
+        return self.plain.get_input_embeddings().weight.shape[0]
+
+    @property
     def kv_shape(self) -> KVShape:
         """What decides the size of this model's cache."""
         return KVShape.of(self.model.config, self.dtype.itemsize)
@@ -105,7 +110,13 @@ class Model:
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt."""
         chat = not isinstance(prompt, str)
-        return self.tokenizer(self.text(prompt), add_special_tokens=not chat)["input_ids"]
+        ids = self.tokenizer(self.text(prompt), add_special_tokens=not chat)["input_ids"]
+        if ids and max(ids) >= self.vocabulary:
+            raise StropError(
+                f"the tokenizer gives token {max(ids)} and the model knows {self.vocabulary}: put the "
+                "model's own tokenizer files into its folder"
+            )
+        return ids
 
     @torch.no_grad()
     def generate(
@@ -181,7 +192,7 @@ class Model:
     def pad(self) -> int:
         """The token id that fills batches on the left; masked everywhere."""
         for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
+            if token is not None and token < self.vocabulary:
                 return token
         return 0
 
@@ -211,19 +222,24 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
     require_memory(checkpoint, 4 if dtype == "fp32" else 0)
     if device == "cuda" and not torch.cuda.is_available():
         raise StropError("no CUDA device is visible: use --device cpu, or see `strop doctor`")
+    part = "tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
+        part = "model"
         plain, loaded = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[dtype],
             local_files_only=True,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     except Exception as error:  # tokenizers and safetensors raise bare Exception for a broken file
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise StropError(f"transformers cannot load {path}: {reason}") from error
-    _require_complete(loaded, path)
+        raise StropError(
+            f"transformers cannot load the {part} in {path} ({reason}): restore the original files"
+        ) from error
+    _require_whole(plain, loaded, path)
     plain = attach(plain.eval().to(device))
     _require_finite(plain, path)
     return Model(plain, tokenizer, recipe, checkpoint)
@@ -235,17 +251,23 @@ def _require_causal(checkpoint: Checkpoint) -> None:
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
     if not known or (classes and not any(name in known or "ForCausalLM" in name for name in classes)):
         raise StropError(
-            f"{checkpoint.path} is a {', '.join(classes) or kind}, not a causal language model that "
-            "transformers runs: give a decoder such as Qwen3, Llama, Mistral, Gemma or GPT-2"
+            f"{checkpoint.path} holds a model of class {', '.join(classes) or kind}, not a causal language "
+            "model that transformers runs: give a decoder such as Qwen3, Llama, Mistral, Gemma or GPT-2"
         )
 
 
-def _require_complete(loaded: dict[str, Any], path: Path) -> None:
-    """transformers draws missing weights at random and says so in a log."""
+def _require_whole(model: PreTrainedModel, loaded: dict[str, Any], path: Path) -> None:
+    """transformers draws weights that are missing or misshapen at random, and says so in a log."""
+    for name, stored, wanted in loaded["mismatched_keys"]:
+        raise StropError(
+            f"{path}: weight {name} is {tuple(stored)} in the file and {tuple(wanted)} by config.json: "
+            "restore the original files"
+        )
     missing = sorted(loaded["missing_keys"])
     if missing:
         raise StropError(
-            f"{path} lacks {len(missing)} of the model's weights, first {missing[0]}: download it again"
+            f"{path} lacks {len(missing)} of the weights of a {type(model).__name__}, first {missing[0]}: "
+            "is it whole, and a causal language model?"
         )
 
 

@@ -113,9 +113,7 @@ def completions(
         ).to(model.device)
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         new = out[:, inputs["input_ids"].shape[1] :]
-        for i, text in zip(
-            chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True
-        ):
+        for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             found[i] = text
     return found
 
@@ -135,7 +133,5 @@ def judge(
 ) -> dict[str, dict[str, float]]:
     """Exact match of the final answer and, where a solution is known, of the whole of it."""
     answers = [extract(o) == e.answer for e, o in zip(examples, outputs, strict=True)]
-    whole = [
-        o.strip() == (e.solution or "").strip() for e, o in zip(examples, outputs, strict=True)
-    ]
+    whole = [o.strip() == (e.solution or "").strip() for e, o in zip(examples, outputs, strict=True)]
     return {"answer": share(answers), "solution": share(whole)}

@@ -147,9 +147,7 @@ def measure(folder: Path, root: Path, device: str) -> dict[str, Any]:
     bits = evaluate.code_lengths(model, tokenizer, list(held.values()), CONTEXT)
     for name, prefix in (("all", ""), ("without encodings/", "encodings/")):
         kept = [not prefix or not path.startswith(prefix) for path in held]
-        data = "".join(
-            text for text, keep in zip(held.values(), kept, strict=True) if keep
-        ).encode()
+        data = "".join(text for text, keep in zip(held.values(), kept, strict=True) if keep).encode()
         total = sum(b for b, keep in zip(bits, kept, strict=True) if keep)
         found["bits per byte"][name] = {
             "bytes": len(data),

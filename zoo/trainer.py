@@ -76,10 +76,8 @@ class Batches(Protocol):
         ...
 
 
-def collate(
-    rows: Sequence[tuple[list[int], list[int]]], pad: int, most: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Rows, sorted by length, as right-padded micro-batches `[B, T]` of about `most` tokens at most.
+def collate(rows: Sequence[tuple[list[int], list[int]]], pad: int, most: int) -> list[tuple[Tensor, Tensor]]:
+    """Rows, sorted by length, as right-padded micro-batches `[B, T]` of about `most` tokens.
 
     Widths are multiples of 64: few different shapes, for which kernels are prepared once each.
     """
@@ -214,8 +212,7 @@ class Run:
                 for name, parameter in self.model.named_parameters():
                     parameter.copy_(stored.get_tensor(f"weight/{name}"))
                     self.optimizer.state[parameter] = {
-                        key: stored.get_tensor(f"{key}/{name}")
-                        for key in ("step", "exp_avg", "exp_avg_sq")
+                        key: stored.get_tensor(f"{key}/{name}") for key in ("step", "exp_avg", "exp_avg_sq")
                     }
         self.step, self.seconds = note["step"], note["seconds"]
         self.tokens, self.log = note["tokens"], note["log"]
@@ -228,6 +225,4 @@ def _dropout_hooks(model: nn.Module, p: float) -> list[torch.utils.hooks.Removab
         return []
     ends = ("embed_tokens", "o_proj", "down_proj")
     sites = [m for name, m in model.named_modules() if name.endswith(ends)]
-    return [
-        m.register_forward_hook(lambda _m, _a, out: F.dropout(out, p, training=True)) for m in sites
-    ]
+    return [m.register_forward_hook(lambda _m, _a, out: F.dropout(out, p, training=True)) for m in sites]

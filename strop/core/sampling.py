@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from strop.core.errors import StropError
+
 MASK = 0xFFFFFFFF
 
 
@@ -43,7 +45,12 @@ class KeyedSampler(LogitsProcessor):
     def __init__(
         self, seed: int, pads: Sequence[int], samples: Sequence[int], temperature: float = 1.0
     ) -> None:
-        """`pads` and `samples` give each row's left padding and its index among its prompt's samples."""
+        """`pads` and `samples` give each row's left padding and its index among its prompt's samples.
+
+        Raises StropError unless `temperature` is above 0.
+        """
+        if not temperature > 0:
+            raise StropError(f"temperature must be above 0, got {temperature}: leave the seed out to be greedy")
         self.seed, self.pads, self.samples = seed, tuple(pads), tuple(samples)
         self.temperature = temperature
 

@@ -39,6 +39,7 @@ class Quantized(KVMethod):
         return super().settings(f"{self.backend} int{self.bits}", "backend", "bits")
 
     def new_cache(self, config: PretrainedConfig) -> Cache:
+        self._require_whole_groups(KVShape.of(config))
         axis = 1 if self.backend == "hqq" else 0
         options = {
             "nbits": self.bits,
@@ -55,8 +56,19 @@ class Quantized(KVMethod):
             reason = " ".join(str(error).split())
             raise StropError(f"transformers' {self.backend} cache refuses this model: {reason}") from error
 
+    def _require_whole_groups(self, shape: KVShape) -> None:
+        """One token's groups must fill whole bytes, or rounding fails at some lengths in mid-generation."""
+        if self.backend == "fp8":
+            return
+        unit = self.group * (8 // self.bits if self.backend == "hqq" else 1)
+        if shape.heads * shape.dim % unit:
+            raise StropError(
+                f"{self.backend} at {self.bits} bits works on {unit} elements at a time, which do not divide "
+                f"{shape.heads} KV heads of size {shape.dim}: use a smaller group"
+            )
+
     def kv_bytes(self, shape: KVShape, tokens: int) -> int:
-        """As after a flush: the stock cache starts a new tail once the last one is rounded."""
+        """As after a flush, when it holds least: up to `tail` generated tokens wait in the model's dtype."""
         if self.backend == "fp8":
             return shape.layers * (2 * shape.heads * shape.dim * tokens + 8)
         elements = 2 * shape.heads * shape.dim * tokens

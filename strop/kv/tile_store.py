@@ -91,6 +91,11 @@ class TileStore:
         """Columns so far."""
         return self.base + self.keys.shape[2] - self.sink_slots
 
+    @property
+    def untouched(self) -> bool:
+        """Whether `keys` and `values` hold all columns, in order."""
+        return self.base == self.sink_slots == len(self.records) == 0
+
     # What is where.
 
     def slots(self) -> Places:
@@ -119,7 +124,7 @@ class TileStore:
 
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values, `[B, H_kv, T, D]` each, in the columns where they came; padding is zero."""
-        if not self.sink_slots and not len(self.records):
+        if self.untouched:
             return self.keys, self.values
         places, kept = [self.slots()], [(self.keys, self.values)]
         for start in range(0, self.table.shape[1], TILES_AT_ONCE):
@@ -205,7 +210,7 @@ class TileStore:
 
     def crop(self, remove: int) -> None:
         """Remove the newest columns. Raises StropError when that reaches into packed tokens."""
-        fixed = int(torch.where(self.packed > 0, self.tail_start, 0).max())
+        fixed = int(torch.where(self.packed > 0, self.tail_start, self.base).max())
         if self.end - remove < fixed:
             raise StropError(
                 f"cannot take back {remove} tokens: all but the last {self.end - fixed} are packed; "

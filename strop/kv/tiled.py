@@ -121,7 +121,7 @@ class TiledLayer(AttendingLayer):
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         self._find_padding(mask)
-        if len(self.store.records) == 0 and softcap is None:
+        if self.store.untouched and softcap is None:
             out = self._attend_unpacked(query, mask, scaling)
         else:
             seen, parts = self.seen - query.shape[2], []

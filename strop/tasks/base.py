@@ -21,9 +21,7 @@ class Example:
     """The full worked continuation, when known; `prompt + solution` is a teacher-forced text."""
 
 
-def is_right(
-    example: Example, completion: str, extract: Callable[[str], str | None] = str.strip
-) -> bool:
+def is_right(example: Example, completion: str, extract: Callable[[str], str | None] = str.strip) -> bool:
     """Whether what `extract` finds in `completion` is the example's answer, spaces aside."""
     found = extract(completion)
     return found is not None and example.answer is not None and found.strip() == example.answer

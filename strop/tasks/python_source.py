@@ -11,6 +11,7 @@ What differs between versions: the text itself. A score on it names the Python v
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -52,11 +53,20 @@ def relative_paths(split: Split, root: Path | None = None) -> list[str]:
     if split not in ("train", "held_out"):
         raise StropError(f"The split {split!r} does not exist; take 'train' or 'held_out'.")
     base = root or stdlib_root()
-    found = sorted(p.relative_to(base).as_posix() for p in base.rglob("*.py") if p.is_file())
-    kept = [r for r in found if belongs(r) and is_held_out(r) == (split == "held_out")]
+    kept = [r for r in _sources(base) if is_held_out(r) == (split == "held_out")]
     if not kept:
         raise StropError(f"No Python source was found in {base}; name a standard library folder.")
     return kept
+
+
+def _sources(base: Path) -> list[str]:
+    """Sorted paths of the corpus below `base`; skipped folders, often large, are not entered."""
+    found = []
+    for folder, below, names in os.walk(base):
+        below[:] = [name for name in below if name not in _SKIPPED]
+        inside = Path(folder).relative_to(base)
+        found += [path for name in names if belongs(path := (inside / name).as_posix())]
+    return sorted(found)
 
 
 def files(split: Split, root: Path | None = None) -> list[Path]:

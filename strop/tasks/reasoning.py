@@ -84,10 +84,7 @@ def problems(
     unknown = [k for k in kinds if k not in FULL]
     if unknown or not kinds:
         raise StropError(f"Unknown problem kind {unknown}; the known ones are {', '.join(KINDS)}.")
-    return [
-        _problem(seed, i, kinds[i % len(kinds)], split, sizes or {})
-        for i in range(start, start + count)
-    ]
+    return [_problem(seed, i, kinds[i % len(kinds)], split, sizes or {}) for i in range(start, start + count)]
 
 
 def final_answer(text: str) -> str | None:
@@ -164,7 +161,7 @@ def _chain(rng: Random, size: Size) -> _Built:
 
 
 def _recall(rng: Random, size: Size) -> _Built:
-    """Records under two-word keys; every record shares a word with others that distract from it."""
+    """Records under two-word keys; most records share a word with others that distract."""
     facts, steps = _counts(rng, size)
     values = _values(rng, rng.sample(_KEYS, facts))
     asked = rng.sample(list(values), steps)

@@ -36,9 +36,7 @@ def plant(lines: Sequence[str], keys: dict[str, str], depths: Sequence[float]) -
     return "".join([*parts, *lines[done:]])
 
 
-def window(
-    rng: Random, texts: Sequence[str], length: int, count_tokens: Callable[[str], int]
-) -> list[str]:
+def window(rng: Random, texts: Sequence[str], length: int, count_tokens: Callable[[str], int]) -> list[str]:
     """Consecutive lines from a random place, about `length` tokens in all, text after text."""
     at = rng.randrange(len(texts))
     lines = texts[at].splitlines(keepends=True)

@@ -197,7 +197,7 @@ class Study:
         except StropError as error:
             row = describe(recipe) | {"status": "refused", "reason": str(error), "seconds": 0.0}
         self.store.put(key, names, row)
-        return row
+        return self.store.get(key) or row
 
     def _machine(self) -> tuple[str, str | None]:
         return cpu_name(), gpu_name() if self.settings.device == "cuda" else None

@@ -17,6 +17,8 @@ SCORED_TOKENS = 8_192
 """Tokens of text that perplexity and KL are taken on, at most."""
 CONTINUED = 8
 """Prompts whose greedy continuation is compared."""
+NEW_TOKENS = 64
+"""Room that every context leaves for what is generated."""
 CONTINUATION = 48
 """Tokens of a continuation."""
 PROBLEMS = 64
@@ -66,10 +68,10 @@ def build(model: Model, data: Data, context: int | None, batch: int, seed: int) 
     if not full:
         raise StropError(f"no text in {data.name} has {SHORTEST} tokens: give longer or more text")
     p95 = int(np.percentile([len(ids) for ids in full], 95))
-    room = model.context_limit - CONTINUATION
+    room = model.context_limit - NEW_TOKENS
     if context is not None and context > room:
         raise StropError(
-            f"--context {context} leaves no room for {CONTINUATION} new tokens in this model's context of "
+            f"--context {context} leaves no room for {NEW_TOKENS} new tokens in this model's context of "
             f"{model.context_limit}: use at most {room}"
         )
     context = context or max(min(p95, room), 2)
@@ -124,7 +126,7 @@ def _texts(full: Sequence[Sequence[int]], context: int, seed: int) -> tuple[tupl
 def _prompts(model: Model, data: Data, texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
     if data.kind == "text":
         return tuple(tuple(ids[: max(len(ids) - CONTINUATION, 1)]) for ids in texts[:CONTINUED])
-    room = model.context_limit - CONTINUATION
+    room = model.context_limit - NEW_TOKENS
     ids = [tuple(model.encode(row.prompt)) for row in data.rows]
     return tuple(row for row in ids if 0 < len(row) <= room)[:CONTINUED]
 

@@ -1,0 +1,130 @@
+"""Write the measured tables into README and docs, between `<!-- NAME -->` and `<!-- end NAME -->`.
+
+    python docs/report.py
+
+Reads docs/results/*.json, which `make report` measures; a table whose file is missing keeps what it says.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured_on(machine: dict[str, Any]) -> str:
+    """Machine, versions and date, in one line."""
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread(s)"
+    versions = f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}"
+    return f"Measured on {where}; {versions}; {machine['date'][:10]}."
+
+
+def number(value: float | None, form: str) -> str:
+    """A number, or a dash."""
+    return "-" if value is None else format(value, form)
+
+
+def demo(study: dict[str, Any]) -> str:
+    """The frontier of the demo."""
+    rows = []
+    for row in study["rows"]:
+        if row["status"] != "measured":
+            rows.append([row["label"], f"{row['status']}: {row['reason']}", "", "", "", ""])
+            continue
+        quality, speed, memory = row["quality"], row["speed"], row["memory"]
+        step, low, high = speed["step_ratio"]
+        rows.append(
+            [
+                f"**{row['label']}**" if row["chosen"] else row["label"],
+                f"{quality['ppl_rise']:.2%} (≤ {quality['ppl_rise_hi']:.2%})",
+                f"{quality['kl']:.4f}",
+                f"{memory['ratio']:.2f}",
+                f"{memory['kv_bits_per_element']:.1f}",
+                f"{step:.2f} ({low:.2f} to {high:.2f})",
+            ]
+        )
+    head = [
+        "recipe",
+        "perplexity rise (upper limit)",
+        "KL, nats/token",
+        "memory ratio",
+        "KV bits",
+        "step-time ratio",
+    ]
+    where = f"`{study['settings']['command']}`, context {study['settings']['context']}, {study['model']['dtype']}."
+    return f"{table(head, rows)}\n\n{where} {measured_on(study['machine'])}"
+
+
+def kv(results: dict[str, Any]) -> str:
+    """KV methods side by side on both bundled models."""
+    rows = []
+    for row in results["rows"]:
+        sizes = [f"{size['measured']:.0f}" for size in row["bytes_per_token"].values()]
+        kl, low, high = row["kl"]
+        rows.append(
+            [
+                row["model"],
+                row["method"],
+                *sizes,
+                f"{kl:.4f} ({low:.4f} to {high:.4f})",
+                number(row["exact_match"], ".1%"),
+            ]
+        )
+    contexts = [f"bytes/token at {context}" for context in results["rows"][0]["bytes_per_token"]]
+    head = ["model", "kv method", *contexts, "KL, nats/token (95 %)", "exact match"]
+    return f"{table(head, rows)}\n\n`python docs/measure_kv.py`. {measured_on(results['machine'])}"
+
+
+def claims(results: list[dict[str, Any]]) -> str:
+    """Every claim with its verdict."""
+    rows = []
+    for claim in results:
+        interval = claim["interval"]
+        span = "-" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
+        rows.append(
+            [
+                claim["paper"],
+                claim["claim"],
+                claim["paper_value"],
+                claim["measured"],
+                span,
+                f"**{claim['verdict']}**: {claim['reason']}",
+            ]
+        )
+    head = ["paper", "claim", "paper", "measured", "95 % interval", "verdict"]
+    return f"{table(head, rows)}\n\n`strop claims --json`, scale {results[0]['scale']}."
+
+
+TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "demo": ("demo.json", demo),
+    "kv": ("kv.json", kv),
+    "claims": ("claims.json", claims),
+}
+
+
+def main() -> None:
+    """Fill in every table whose results exist."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name, (file, render) in TABLES.items():
+            path = HERE / "results" / file
+            if path.exists():
+                body = render(json.loads(path.read_text(encoding="utf-8")))
+                block = f"<!-- {name} -->\n{body}\n<!-- end {name} -->"
+                text = re.sub(
+                    rf"<!-- {name} -->.*?<!-- end {name} -->", lambda _, block=block: block, text, flags=re.S
+                )
+        page.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The main job on tiny checkpoints: what is tried, refused, chosen, kept and resumed."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import TEXT, save_tiny
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
+
+from strop.core.errors import StropError
+from strop.core.store import ResultStore
+from strop.recipe import Recipe
+from strop.tune import engine, measure, workload
+from strop.tune.engine import Settings, tune
+from strop.tune.frontier import dominates, judge
+
+SHAPE = {
+    "vocab_size": 257,
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "max_position_embeddings": 640,
+    "eos_token_id": 0,
+    "bos_token_id": None,
+}
+EXPERTS = {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4}
+GPT2 = {"vocab_size": 257, "n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 640, "eos_token_id": 0}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "qwen3": Qwen3Config(**SHAPE),
+    "llama": LlamaConfig(**SHAPE),
+    "mistral": MistralConfig(**SHAPE, sliding_window=None),
+    "gpt2": GPT2Config(**GPT2),
+    "qwen2_moe": Qwen2MoeConfig(**SHAPE, **EXPERTS, num_experts_per_tok=2),
+}
+
+
+def save_checkpoint(folder: Path, architecture: str) -> Path:
+    """Seeded noise of an architecture, as transformers itself saves it, reading bytes."""
+    save_tiny(folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIGS[architecture], dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Less of everything: what is tested here is the path, not the numbers."""
+    monkeypatch.setattr(workload, "SCORED_TOKENS", 600)
+    monkeypatch.setattr(workload, "CONTINUATION", 8)
+    monkeypatch.setattr(workload, "KEYS_PER_DEPTH", 1)
+    monkeypatch.setattr(measure, "CONTINUATION", 8)
+    monkeypatch.setattr(measure, "ROUNDS", 2)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("tune") / "model", "qwen3")
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT * 4)
+    return path
+
+
+def rows_of(study: dict) -> dict[str, dict]:
+    return {row["label"]: row for row in study["rows"]}
+
+
+def row(label: str, memory: float, step: float, drop: float) -> dict:
+    return {
+        "label": label,
+        "status": "measured",
+        "memory": {"ratio": memory},
+        "speed": {"step_ratio": [step, step, step]},
+        "quality": {"drop_hi": drop},
+    }
+
+
+def test_judge_prefers_the_objective_among_what_keeps_the_drop():
+    rows = [row("as is", 1, 1, 0), row("small", 0.4, 1.5, 0.005), row("lossy", 0.1, 0.5, 0.2)]
+    assert judge(rows, "memory", 0.01)["label"] == "small"
+    assert judge(rows, "speed", 0.01)["label"] == "as is"
+    assert judge(rows, "balanced", 0.01)["label"] == "small"
+    assert judge(rows, "balanced", 0.5)["label"] == "lossy"
+    assert [r["chosen"] for r in rows] == [False, False, True]
+
+
+def test_judge_names_what_dominates():
+    rows = [row("as is", 1, 1, 0), row("good", 0.5, 0.9, 0.001), row("bad", 0.6, 0.95, 0.002)]
+    judge(rows, "memory", 0.01)
+    assert rows[2]["dominated_by"] == "good" and not rows[2]["on_frontier"]
+    assert rows[0]["dominated_by"] is None and rows[0]["on_frontier"], "less drop is worth something"
+    assert not dominates(rows[0], rows[0])
+
+
+def test_study_writes_all_that_it_promises(model, text, tmp_path):
+    out = tmp_path / "out"
+    study = tune(str(model), text, out, Settings(methods=("kvarn", "quantized", "prompt_lookup"), max_drop=0.9))
+    rows = rows_of(study)
+    assert rows["as is"]["quality"]["ppl_rise"] == 0 and rows["as is"]["quality"]["kl"] == 0
+    assert rows["as is"]["memory"]["ratio"] == 1
+    assert {"kvarn k4v4", "kvarn", "kvarn k2v2", "prompt_lookup"} & set(rows)
+    for measured in study["rows"]:
+        assert measured["status"] in ("measured", "refused"), measured["reason"]
+    assert (out / "report.html").stat().st_size > 1_000_000
+    assert Recipe.load(out / "recipe.yaml").to_dict() == rows[study["chosen"]]["recipe"]
+    kept = sqlite3.connect(out / "results.sqlite").execute("SELECT label, status FROM results").fetchall()
+    assert {label for label, _ in kept} == set(rows)
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_checkpoints_that_strop_did_not_make(architecture, text, tmp_path):
+    folder = save_checkpoint(tmp_path / "model", architecture)
+    study = tune(str(folder), text, tmp_path / "out", Settings(methods=("kvarn", "rtn"), max_drop=0.9))
+    rows = rows_of(study)
+    assert rows["kvarn k2v2"]["status"] == "measured", rows["kvarn k2v2"]["reason"]
+    if architecture == "qwen2_moe":
+        assert "mixture of experts" in rows["rtn int8"]["reason"]
+    else:
+        assert rows["rtn int8"]["memory"]["ratio"] < 1
+
+
+def test_composition_that_cannot_work_is_listed_with_its_reason(model, text, tmp_path):
+    settings = Settings(methods=("quantized", "prompt_lookup"), max_drop=0.99)
+    rows = rows_of(tune(str(model), text, tmp_path / "out", settings))
+    refused = [r for label, r in rows.items() if "prompt_lookup" in label and "quantized" in label]
+    assert refused and all(r["status"] == "refused" and "take back" in r["reason"] for r in refused)
+
+
+def test_speculation_in_a_batch_is_refused_with_its_reason(model, text, tmp_path):
+    settings = Settings(methods=("prompt_lookup",), batch=2)
+    rows = rows_of(tune(str(model), text, tmp_path / "out", settings))
+    assert rows["prompt_lookup"]["status"] == "refused" and "--batch 1" in rows["prompt_lookup"]["reason"]
+    assert rows["as is"]["memory"]["batch"] == 2
+
+
+def test_resume_measures_nothing_twice_and_changed_data_is_new(model, text, tmp_path):
+    settings, out = Settings(methods=("rtn",)), tmp_path / "out"
+    first = tune(str(model), text, out, settings)
+    again = tune(str(model), text, out, settings, resume=True)
+    assert all(r.pop("reused") for r in again["rows"])
+    assert [r["speed"] for r in again["rows"]] == [r["speed"] for r in first["rows"]]
+    text.write_text(TEXT * 5)
+    other = tune(str(model), text, out, settings, resume=True)
+    assert not any("reused" in r for r in other["rows"])
+
+
+def test_spent_budget_skips_and_says_so(model, text, tmp_path):
+    study = tune(str(model), text, tmp_path / "out", Settings(methods=("rtn",), budget_minutes=1e-9))
+    rows = rows_of(study)
+    assert rows["as is"]["status"] == "measured"
+    assert rows["rtn int8"]["status"] == "skipped" and "budget" in rows["rtn int8"]["reason"]
+    assert study["chosen"] == "as is"
+
+
+def test_problems_with_answers_count(model, tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    lines = [{"prompt": TEXT[: 300 + i], "answer": str(i)} for i in range(4)]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    rows = rows_of(tune(str(model), file, tmp_path / "out", Settings(methods=("rtn",))))
+    assert rows["as is"]["quality"]["exact_match"] is not None
+    assert rows["as is"]["quality"]["exact_match_loss"] == 0
+
+
+def test_unknown_method_is_refused():
+    with pytest.raises(StropError, match="did you mean 'kvarn'"):
+        Settings(methods=("kvarm",))
+
+
+def command(model: Path, text: Path, out: Path) -> list[str]:
+    words = ["tune", str(model), "--data", str(text), "--out", str(out), "--methods", "rtn,kvarn"]
+    return [sys.executable, "-m", "strop", *words, "--resume", "--json"]
+
+
+def measured_rows(path: Path) -> list[tuple[str, str]]:
+    if not path.exists():
+        return []
+    try:
+        return sqlite3.connect(path).execute("SELECT key, row FROM results ORDER BY key").fetchall()
+    except sqlite3.OperationalError:
+        return []
+
+
+@pytest.mark.slow
+def test_kill_loses_nothing_that_was_complete(model, text, tmp_path):
+    out = tmp_path / "out"
+    run = subprocess.Popen(command(model, text, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(measured_rows(out / "results.sqlite")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    before = dict(measured_rows(out / "results.sqlite"))
+    assert len(before) >= 2
+    assert not (out / "report.html").exists()
+    again = subprocess.run(command(model, text, out), capture_output=True, text=True, check=True)
+    after = dict(measured_rows(out / "results.sqlite"))
+    assert before.items() <= after.items(), "a complete row changed"
+    assert sum("reused" in r for r in json.loads(again.stdout)["rows"]) == len(before)
+    assert (out / "report.html").exists()
+
+
+def put_many(path: Path, start: int) -> None:
+    store = ResultStore(path)
+    names = {"model": "m", "model_fingerprint": "f", "recipe": {}, "data_fingerprint": "d", "seed": 0, "code": "c"}
+    for index in range(start, start + 50):
+        store.put(f"{index % 70}", names, {"label": str(index), "status": "measured"})
+    store.close()
+
+
+def test_two_writers_share_a_file(tmp_path):
+    path = tmp_path / "results.sqlite"
+    spawn = multiprocessing.get_context("spawn")
+    writers = [spawn.Process(target=put_many, args=(path, start)) for start in (0, 40)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+        assert writer.exitcode == 0
+    connection = sqlite3.connect(path)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert connection.execute("SELECT count(*) FROM results").fetchone() == (70,)
+
+
+def test_code_version_follows_the_code(monkeypatch):
+    from strop.core import machine
+
+    before = machine.code_version()
+    machine.code_version.cache_clear()
+    monkeypatch.setattr(machine, "UNMEASURED", (*machine.UNMEASURED, "model.py"))
+    assert machine.code_version() != before
+    machine.code_version.cache_clear()
+
+
+def test_out_must_be_a_folder(model, text, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StropError, match="is a file"):
+        tune(str(model), text, tmp_path / "file", Settings())
+    assert engine.Settings().objective == "balanced"
