@@ -33,11 +33,16 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-gpu: $(DEV_STAMP)
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/strop claims --scale gpu --json > docs/results/claims-gpu.json
+# On a machine with its own Python environment: make gpu PY=python3
+PY ?= $(BIN)/python
+gpu:
+	$(PY) -m pytest -m gpu tests/test_gpu.py
+	$(PY) docs/measure_gpu.py --out docs/results/gpu.json
 
 report: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/strop tune zoo:coder --out runs/demo --resume --json > docs/results/demo.json
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/measure_kv.py --out docs/results/kv.json
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/strop claims --json > docs/results/claims.json
 	$(BIN)/python docs/report.py
 
 clean:

@@ -50,6 +50,8 @@ class Strop(TyperGroup):
             message = error.format_message().rstrip(".").replace(". ", "; ").replace("Value error, ", "")
             fail(f"{message} (see `{path} --help`)")
         except ModuleNotFoundError as error:
+            if str(error.name).startswith("strop"):
+                raise
             fail(f"the package {error.name} is not installed: `strop doctor` says what brings it")
         except OSError as error:
             fail(_environment(error))
@@ -215,7 +217,7 @@ def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title:
 
 def say(text: str) -> None:
     """A paragraph of plain text, wrapped at words."""
-    Console(highlight=False).print(Text(text))
+    Console(highlight=False).print(Text(text.replace("\N{NO-BREAK SPACE}%", "%")))
 
 
 def show_frontier(study: Mapping[str, Any], out: Path) -> None:
@@ -263,26 +265,13 @@ def show_zoo(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def show_claims(claims: Sequence[Any]) -> None:
     """Each claim with what the paper says, what was measured, and the verdict with its reason."""
-    columns = [
-        Column("Claim", ratio=3),
-        Column("Paper", ratio=2),
-        Column("Measured", ratio=2),
-        Column("95 %", ratio=2),
-        Column("Verdict", ratio=2),
-    ]
-    print_table(
-        columns,
-        [
-            [
-                f"{claim.paper}: {claim.claim}",
-                claim.paper_value,
-                claim.measured,
-                "" if claim.interval is None else " to ".join(f"{end:.3g}" for end in claim.interval),
-                claim.verdict,
-            ]
-            for claim in claims
-        ],
-    )
+    widths = {"Claim": 5, "Paper": 4, "Measured": 4, "95 %": 3, "Verdict": 3}
+    rows = []
+    for claim in claims:
+        ends = [f"{end:.3g}" for end in claim.interval or ()]
+        said = f"{claim.paper}: {claim.claim}"
+        rows.append([said, claim.paper_value, claim.measured, " to ".join(ends), claim.verdict])
+    print_table([Column(name, ratio=width) for name, width in widths.items()], rows)
     for claim in claims:
         say(f"{claim.paper}, {claim.verdict}: {claim.reason}")
 
@@ -296,7 +285,7 @@ def show_parts(parts: Sequence[Any]) -> None:
     missing = [part for part in parts if part.found is None]
     if missing:
         print_table(
-            [Column("Missing"), Column("Is for", ratio=1), Column("Brought by", ratio=1)],
+            [Column("Missing"), Column("Is for", ratio=1), Column("Brought by", no_wrap=True)],
             [
                 [part.name, part.purpose + ("" if part.required else " (optional)"), part.install]
                 for part in missing

@@ -25,7 +25,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from strop.core.cache import attach
 from strop.core.checkpoint import Checkpoint, inspect, require_memory
 from strop.core.errors import StropError
-from strop.core.files import refuse_aliases
 from strop.core.sampling import KeyedSampler
 from strop.kv.base import KVShape
 from strop.models.zoo import zoo_path
@@ -211,7 +210,6 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
     """
     recipe = Recipe(model=str(source))
     if str(source).endswith((".yaml", ".yml")):
-        refuse_aliases(Path(source))
         recipe = Recipe.load(Path(source))
         if recipe.model is None:
             raise StropError(f"{source} names no model: add a line `model: PATH` or `model: zoo:NAME`")

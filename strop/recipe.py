@@ -49,6 +49,15 @@ CANDIDATES: dict[str, tuple[Method, ...]] = {
 """What `tune` tries in each slot by itself; a method joins by one entry."""
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: a few of them, nested, would stand for billions of values."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases are not part of a recipe; write the values out")
+        return super().compose_node(parent, index)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Immutable; slots apply in the order of `SLOTS`. None leaves a slot as it is."""
@@ -102,7 +111,7 @@ class Recipe:
     def load(cls, path: Path) -> "Recipe":
         """Read a recipe file. Raises StropError with one sentence for anything wrong in it."""
         try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+            data = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
         except OSError as error:
             raise StropError(f"cannot read recipe {path}: {error.strerror}") from error
         except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:

@@ -138,10 +138,14 @@ def test_whatever_a_user_can_mend_is_one_line(tuned, tmp_path, error, code, sent
     assert told.count("\n") == 1
 
 
-def test_mistakes_of_our_own_keep_their_traceback(tuned, tmp_path):
-    tuned.outcome = ZeroDivisionError("ours")
+OURS = [ZeroDivisionError(), RuntimeError("shapes differ"), ModuleNotFoundError("", name="strop.nowhere")]
+
+
+@pytest.mark.parametrize("error", OURS, ids=lambda error: type(error).__name__)
+def test_mistakes_of_our_own_keep_their_traceback(tuned, tmp_path, error):
+    tuned.outcome = error
     result = CliRunner().invoke(app, ["tune", "zoo:coder", "--out", str(tmp_path / "out")])
-    assert isinstance(result.exception, ZeroDivisionError)
+    assert result.exception is error
 
 
 def test_a_missing_word_is_told_with_the_place_of_help():

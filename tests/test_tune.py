@@ -116,7 +116,9 @@ def test_judge_names_what_dominates():
 
 def test_study_writes_all_that_it_promises(model, text, tmp_path):
     out = tmp_path / "out"
-    study = tune(str(model), text, out, Settings(methods=("kvarn", "quantized", "prompt_lookup"), max_drop=0.9))
+    study = tune(
+        str(model), text, out, Settings(methods=("kvarn", "quantized", "prompt_lookup"), max_drop=0.9)
+    )
     rows = rows_of(study)
     assert rows["as is"]["quality"]["ppl_rise"] == 0 and rows["as is"]["quality"]["kl"] == 0
     assert rows["as is"]["memory"]["ratio"] == 1
@@ -223,7 +225,14 @@ def test_kill_loses_nothing_that_was_complete(model, text, tmp_path):
 
 def put_many(path: Path, start: int) -> None:
     store = ResultStore(path)
-    names = {"model": "m", "model_fingerprint": "f", "recipe": {}, "data_fingerprint": "d", "seed": 0, "code": "c"}
+    names = {
+        "model": "m",
+        "model_fingerprint": "f",
+        "recipe": {},
+        "data_fingerprint": "d",
+        "seed": 0,
+        "code": "c",
+    }
     for index in range(start, start + 50):
         store.put(f"{index % 70}", names, {"label": str(index), "status": "measured"})
     store.close()

@@ -143,14 +143,17 @@ A small language model of Python source, trained from nothing on the standard li
 ## Data
 
 The Python source that CPython {python} installs, without tests, installed packages and the
-machine's build records: {train_files} files and {train_bytes:,} bytes for training, {held_out_files}
-files and {held_out_bytes:,} bytes held out. A file is held out when the first 32 bits of the SHA-256
-of its path below the library, modulo 100, fall below 6. Tests are left out because some systems,
-Debian among them, do not install them.
+machine's build records.
 
-Fingerprint, the SHA-256 over the files' SHA-256s in the order of their paths:
-`{fingerprint}`. `data_files.txt` lists each file, its side and its hash.
-Licence of the data: PSF License Agreement, version 2, with the licences that it includes.
+- Training side: {train_files} files, {train_bytes:,} bytes
+- Held-out side: {held_out_files} files, {held_out_bytes:,} bytes
+- Fingerprint, the SHA-256 over the files' SHA-256s in the order of their paths:
+  `{fingerprint}`
+- Licence: PSF License Agreement, version 2, with the licences that it includes
+
+A file is held out when the first 32 bits of the SHA-256
+of its path below the library, modulo 100, fall below 6. Tests are left out because some systems,
+Debian among them, do not install them. `data_files.txt` lists each file, its side and its hash.
 
 15 % of the rows are planted: library text with one to four lines like `PASSKEY_QXB = 48213` put in
 at random depths and repeated at the end, the form of `strop.tasks.recall`. The recall score below
@@ -209,6 +212,7 @@ is float32 unless said.
 {scores}
 ## What it is not for
 
-It solves these three forms of problem, up to about 1,900 tokens, and nothing else; it knows no language, and no arithmetic but
-the digit-wise sums of its solutions. Names, numbers and wording outside the generator's forms fail.
+It solves these three forms of problem, up to about 1,900 tokens, and nothing else. It knows no
+language, and no arithmetic but the digit-wise sums of its solutions; names, numbers and wording
+outside the generator's forms fail.
 """

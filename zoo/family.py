@@ -112,7 +112,7 @@ def train(
     if record_path.is_file():
         return json.loads(record_path.read_text(encoding="utf-8"))
     cuda = args.device == "cuda"
-    run = Run(model, batches, plan, out, args.device, 65536 if cuda else 8192)
+    run = Run(model, batches, plan, out, args.device, 65536 if cuda else 2048)
     run.train()
     model.to("cpu", torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -158,7 +158,7 @@ def cpu_speed(model: Qwen3ForCausalLM, batches: Batches, plan: Plan) -> dict[str
 
     The fastest, since other programs can only slow a step down. `model` is a throwaway.
     """
-    run = Run(model, batches, plan, Path("unused"), "cpu", 8192)
+    run = Run(model, batches, plan, Path("unused"), "cpu", 2048)
     speeds = []
     for _ in range(5):
         tokens, started = run.tokens, time.monotonic()

@@ -4,16 +4,14 @@ All problems of a batch have one length, so rows need no padding and advance in 
 and handed to every cache, as it would be by its own prefill (attention over the prompt comes before coding).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from strop.kv.base import KVMethod
 from strop.model import Model
 from strop.tasks.base import Example, is_right
 from strop.tasks.reasoning import Size, final_answer, problems
@@ -54,7 +52,7 @@ def read_prompts(lm: Model, examples: Sequence[Example]) -> Prompted:
 
 @torch.no_grad()
 def solve(model: PreTrainedModel, prompted: Prompted, cache: Cache) -> Tensor:
-    """Greedy solutions `[B, steps]` written through `cache`, which takes the prompts' keys and values first."""
+    """Greedy solutions `[B, steps]` through an empty `cache`, to which the prompts are handed first."""
     for index, layer in enumerate(prompted.cache.layers):
         cache.update(layer.keys, layer.values, index)
     token, written = prompted.first, []

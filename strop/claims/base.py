@@ -5,11 +5,14 @@ whichever way the answer falls is printed.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+Row = dict[str, Any]
+"""What one measurement found: names, settings, and lists of one value a repetition."""
 
 VERDICTS = ("reproduced", "partly", "not here", "needs a GPU")
 
@@ -42,6 +45,9 @@ class Claim:
     scale: str
     """"cpu" or "gpu"."""
     seconds: float
+    """What its experiment took; claims that rest on one experiment share it."""
+    details: tuple[dict[str, Any], ...] = ()
+    """The tables behind the verdict, a flat dict a row; lists hold one value a repetition."""
 
     def __post_init__(self) -> None:
         if self.verdict not in VERDICTS:
@@ -58,3 +64,58 @@ def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     picks = np.random.default_rng(seed).integers(0, len(sample), (2000, len(sample)))
     low, high = np.percentile(sample[picks].mean(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """Ratio of the sums of paired values, and its 95 % bootstrap interval over the pairs."""
+    pairs = np.array([over, under], dtype=float)
+    picks = np.random.default_rng(seed).integers(0, pairs.shape[1], (2000, pairs.shape[1]))
+    sums = np.maximum(pairs[:, picks].sum(-1), 1e-30)
+    low, high = np.percentile(sums[0] / sums[1], [2.5, 97.5])
+    return float(pairs[0].sum() / max(pairs[1].sum(), 1e-30)), (float(low), float(high))
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one experiment, and what it took."""
+
+    rows: list[Row]
+    seconds: float
+
+    def where(self, **wanted: Any) -> list[Row]:
+        """The rows that are as said; a tuple lists what will do."""
+        return [row for row in self.rows if all(_will_do(row.get(key), will) for key, will in wanted.items())]
+
+    def pick(self, measure: str, **wanted: Any) -> Any:
+        """One measure of the only row that is as said."""
+        (row,) = self.where(**wanted)
+        return row[measure]
+
+    def claim(self, rows: Sequence[Row], **fields: Any) -> Claim:
+        """A claim that rests on this experiment; `rows` are its details."""
+        return Claim(seconds=round(self.seconds, 1), details=tuple(cut(row) for row in rows), **fields)
+
+
+def _will_do(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, tuple) else value == wanted
+
+
+def graded(all_of: Iterable[bool], any_of: Iterable[bool]) -> str:
+    """The verdict "reproduced" when all hold, "partly" when any of the weaker ones does, else "not here"."""
+    if all(all_of):
+        return "reproduced"
+    return "partly" if any(any_of) else "not here"
+
+
+def cut(value: Any) -> Any:
+    """Rows and lists with their numbers at five digits."""
+    if isinstance(value, dict):
+        return {key: cut(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [cut(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def listed(means: Mapping[str, float], form: str = "{:.2f}") -> str:
+    """Named numbers in one line."""
+    return ", ".join(f"{name} {form.format(value)}" for name, value in means.items())

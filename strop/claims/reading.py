@@ -15,62 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from strop.audit.quality import BLOCK
 from strop.core.errors import StropError
-from strop.kv.codec import RoundedKV, RowCodec
-from strop.kv.kvarn import varn
-from strop.kv.tiled import TileCodec, TiledKV
-
-BLOCK = 64
-"""Tokens per step of pseudo-decode."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class VarN(RoundedKV):
-    """Balancing without rotation: KVarN's ablation."""
-
-    def codec(self) -> RowCodec:
-        return RowCodec(self.bits_k, self.bits_v, self.group, False, varn, self.aux_dtype)
-
-
-@dataclass(frozen=True)
-class Identity(TileCodec):
-    """Stores tiles as they are: what it costs must be exactly nothing."""
-
-    group: int = 128
-
-    def check_dim(self, dim: int) -> None:
-        """Any head size will do."""
-
-    def record_bytes(self, dim: int) -> int:
-        return 2 * self.group * dim * 4
-
-    def encode(self, keys: Tensor, values: Tensor) -> Tensor:
-        return torch.stack([keys, values], -3).float().flatten(-3).view(torch.uint8)
-
-    def decode(self, records: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        tiles = records.view(torch.float32).unflatten(-1, (2, self.group, dim))
-        return tiles[..., 0, :, :], tiles[..., 1, :, :]
-
-    def scores(self, query: Tensor, records: Tensor) -> Tensor:
-        raise NotImplementedError("the control is read densely")
-
-    def accumulate(self, weights: Tensor, records: Tensor, dim: int) -> Tensor:
-        raise NotImplementedError("the control is read densely")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Uncoded(TiledKV):
-    """A tiled cache whose codec changes nothing: the control."""
-
-    def codec(self) -> Identity:
-        return Identity(self.group)
+from strop.kv.base import KVMethod
+from strop.kv.tiled import TiledKV
 
 
 class CodedLayer(DynamicLayer):
-    """Keys and values `[B, H_kv, T, D]` held densely; a tile becomes what its codec makes of it when it is due."""
+    """Keys and values `[B, H_kv, T, D]` held densely; a tile that is due turns into its decoded self."""
 
     def __init__(self, method: TiledKV, source: tuple[Tensor, Tensor] | None = None) -> None:
         """`source`: keys and values of an undamaged run `[B, H_kv, T, D]`, held instead of what arrives."""
@@ -121,7 +77,8 @@ class CodedLayer(DynamicLayer):
         span = slice(sinks + self.tiles * group, sinks + tiles * group)
         keys, values = (x[:, :, span].unflatten(2, (-1, group)) for x in (self.keys, self.values))
         decoded = self.codec.decode(self.codec.encode(keys, values), keys.shape[-1])
-        self.keys[:, :, span], self.values[:, :, span] = (x.flatten(2, 3).to(self.keys.dtype) for x in decoded)
+        for held, tiles_read in zip((self.keys, self.values), decoded, strict=True):
+            held[:, :, span] = tiles_read.flatten(2, 3).to(held.dtype)
         self.tiles = tiles
 
 
@@ -137,23 +94,10 @@ def coded_cache(model: PreTrainedModel, method: TiledKV, source: Cache | None = 
 
 
 @torch.no_grad()
-def pseudo_decode(model: PreTrainedModel, tokens: Tensor, cache: Cache, block: int = BLOCK) -> Iterator[Tensor]:
+def pseudo_decode(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Iterator[Tensor]:
     """Logits `[B, b, V]` float32 of texts `[B, T]`, block after block, through a cache."""
-    for part in tokens.split(block, dim=1):
+    for part in tokens.split(BLOCK, dim=1):
         yield model(part, past_key_values=cache, use_cache=True).logits.float()
-
-
-@dataclass(frozen=True)
-class Undamaged:
-    """Texts as the model reads them without any compression."""
-
-    tokens: Tensor
-    """`[B, T]`."""
-    cache: Cache
-    logits: Tensor
-    """`[B, T, V]` float32."""
-    loss: Tensor
-    """Mean negative log-likelihood of each text `[B]`, nats a token."""
 
 
 @dataclass(frozen=True)
@@ -166,38 +110,50 @@ class Cost:
     """Mean negative log-likelihood."""
 
 
-def read_undamaged(model: PreTrainedModel, tokens: Tensor) -> Undamaged:
-    """Read texts `[B, T]` through transformers' own cache."""
-    cache = DynamicCache(config=model.config)
-    logits = torch.cat(list(pseudo_decode(model, tokens, cache)), dim=1)
-    return Undamaged(tokens, cache, logits, _loss(logits, tokens, 0).sum(1) / (tokens.shape[1] - 1))
+class Subject:
+    """A model, the texts that it reads, and what reading them through each cache has cost so far."""
 
+    def __init__(self, name: str, model: PreTrainedModel, tokens: Tensor) -> None:
+        """`tokens` `[B, T]`: one text a repetition."""
+        self.name, self.model, self.tokens = name, model, tokens
+        self.cache: Cache = DynamicCache(config=model.config)
+        self.logits = torch.cat(list(pseudo_decode(model, tokens, self.cache)), dim=1)
+        self.loss = self._losses(self.logits, 0).sum(1) / (tokens.shape[1] - 1)
+        self._costs: dict[tuple[KVMethod, bool], Cost] = {}
 
-def read(model: PreTrainedModel, base: Undamaged, cache: Cache) -> Cost:
-    """Read the same texts through another cache."""
-    kl, loss, start = [], [], 0
-    for logits in pseudo_decode(model, base.tokens, cache):
-        p = base.logits[:, start : start + logits.shape[1]].log_softmax(-1)
-        q = logits.log_softmax(-1)
-        kl.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
-        loss.append(_loss(logits, base.tokens, start))
-        start += logits.shape[1]
-    return Cost(torch.cat(kl, 1).mean(1), torch.cat(loss, 1).sum(1) / (base.tokens.shape[1] - 1))
+    def cost(self, method: KVMethod, static: bool = False) -> Cost:
+        """Read the texts through a method's cache; `static` only for tile codecs."""
+        key = (method, static)
+        if key not in self._costs:
+            self._costs[key] = self._read(self.new_cache(method, static))
+        return self._costs[key]
 
+    def new_cache(self, method: KVMethod, static: bool) -> Cache:
+        """The cache to read through: coded and dense for tile codecs, the method's own for others."""
+        if isinstance(method, TiledKV):
+            return coded_cache(self.model, method, self.cache if static else None)
+        return method.new_cache(self.model.config)
 
-def _loss(logits: Tensor, tokens: Tensor, start: int) -> Tensor:
-    """Negative log-likelihood of the tokens that follow `logits` `[B, b, V]`, at most `[B, b]`."""
-    targets = tokens[:, start + 1 : start + 1 + logits.shape[1]]
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, : targets.shape[1]].flatten(0, 1), targets.flatten(), reduction="none"
-    )
-    return losses.view_as(targets)
+    def check_identity(self, method: TiledKV) -> None:
+        """Raise unless an identity codec, static, gives the undamaged logits bit for bit."""
+        logits = torch.cat(list(pseudo_decode(self.model, self.tokens, self.new_cache(method, True))), dim=1)
+        if not torch.equal(logits, self.logits):
+            off = float((logits - self.logits).abs().max())
+            raise RuntimeError(f"control failed on {self.name}: an identity codec moved logits by {off}")
 
+    def _read(self, cache: Cache) -> Cost:
+        kl, loss, start = [], [], 0
+        for logits in pseudo_decode(self.model, self.tokens, cache):
+            p = self.logits[:, start : start + logits.shape[1]].log_softmax(-1)
+            kl.append((p.exp() * (p - logits.log_softmax(-1))).sum(-1).clamp(min=0))
+            loss.append(self._losses(logits, start))
+            start += logits.shape[1]
+        return Cost(torch.cat(kl, 1)[:, :-1].mean(1), torch.cat(loss, 1).sum(1) / (self.tokens.shape[1] - 1))
 
-def check_identity(model: PreTrainedModel, base: Undamaged, method: TiledKV) -> None:
-    """Raise unless the identity codec, static, gives the undamaged logits bit for bit."""
-    cache = coded_cache(model, method, base.cache)
-    logits = torch.cat(list(pseudo_decode(model, base.tokens, cache)), dim=1)
-    if not torch.equal(logits, base.logits):
-        off = float((logits - base.logits).abs().max())
-        raise RuntimeError(f"control failed: an identity codec in static mode changed logits by up to {off}")
+    def _losses(self, logits: Tensor, start: int) -> Tensor:
+        """Negative log-likelihood of the tokens that follow `logits` `[B, b, V]`, at most `[B, b]`."""
+        targets = self.tokens[:, start + 1 : start + 1 + logits.shape[1]]
+        losses = cross_entropy(
+            logits[:, : targets.shape[1]].flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return losses.view_as(targets)

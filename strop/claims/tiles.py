@@ -1,4 +1,4 @@
-"""What 2-bit codecs do to single tiles: errors per token, and how much of the worst ones is a wrong magnitude.
+"""What codecs do to single tiles: errors per token, and how much of the worst ones is a wrong magnitude.
 
 A token's squared error splits into (|K| - |K'|)^2, its magnitude, and 2 |K| |K'| (1 - cos), its direction
 (arXiv 2606.03458, section 3.1). Tiles are generated, with one known trouble each, or captured from a model.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from strop.kv.tiled import TileCodec
+from strop.kv.tile_store import TileCodec
 
 TOP = 0.05
 """Share of tokens that count as the worst."""
@@ -62,7 +62,7 @@ def generate(kind: str, count: int, group: int, dim: int, seed: int) -> Tensor:
 
 
 def capture(cache: Cache, part: str, group: int, sinks: int) -> Tensor:
-    """Tiles that a model's cache holds, `[B, n, G, D]`: all layers and heads of each text, its sinks left out.
+    """Tiles that a model's cache holds, `[B, n, G, D]`: all layers and heads of each text, without its sinks.
 
     `part` is "keys" or "values".
     """

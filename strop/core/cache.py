@@ -114,9 +114,14 @@ class KVCache(DynamicCache):
         config: PretrainedConfig,
         make_layer: Callable[[PretrainedConfig], AttendingLayer],
     ) -> None:
-        """Raise StropError when the model has no full-attention layer to replace."""
+        """Raise StropError when the model has no full-attention layer of keys and values to replace."""
         super().__init__(config=config)
         decoder = config.get_text_config(decoder=True)
+        if getattr(decoder, "kv_lora_rank", None) is not None:
+            raise StropError(
+                "this model caches one latent vector a token instead of keys and values, which no kv method "
+                "here can code: leave the kv slot empty"
+            )
         self.layers = [
             make_layer(decoder) if type(layer) is DynamicLayer else layer for layer in self.layers
         ]

@@ -10,8 +10,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from strop.core.errors import StropError
 
 
@@ -47,15 +45,6 @@ def require_folder(path: Path) -> None:
     except OSError as error:
         reason = "it is a file" if place.is_file() else error.strerror or error
         raise StropError(f"cannot write in {place} ({reason}): name another folder") from error
-
-
-def refuse_aliases(path: Path) -> None:
-    """Raise StropError for a YAML file with aliases: a few of them, nested, stand for billions of values."""
-    try:
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(path.read_text(encoding="utf-8"))):
-            raise StropError(f"{path} uses YAML aliases, which a recipe has no need of: write the values out")
-    except (OSError, ValueError, yaml.YAMLError):
-        return  # whoever parses the file says what is wrong with it
 
 
 def digest(*parts: Any) -> str:

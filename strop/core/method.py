@@ -13,7 +13,11 @@ class Method:
         values = {field.name: getattr(self, field.name) for field in fields}
         return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
 
-    def settings(self, short: str = "", *said: str) -> str:
-        """The settings for people: `short`, then every changed field that `short` has not `said`."""
+    def settings(self) -> str:
+        """The settings for people: every changed field."""
+        return self.spell()
+
+    def spell(self, short: str = "", *said: str) -> str:
+        """`short`, then every changed field that it has not `said`."""
         rest = [f"{name}={value}" for name, value in self.changed().items() if name not in said]
         return " ".join(part for part in (short, *rest) if part)

@@ -27,52 +27,46 @@ Balance = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 FP16_MAX = torch.finfo(torch.float16).max
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+FP8_TINY = torch.finfo(torch.float8_e4m3fn).smallest_normal / 8
 
 
 class Half:
-    """Auxiliaries in fp16."""
+    """Numbers in fp16."""
 
-    def bytes(self, field: str, count: int) -> int:
-        """Bytes of `count` numbers of a field: "scale", "zero" or "column"."""
+    def bytes(self, count: int) -> int:
+        """Bytes of `count` numbers."""
         return 2 * count
 
-    def store(self, field: str, numbers: Tensor) -> Tensor:
+    def store(self, numbers: Tensor) -> Tensor:
         """`[..., n]` float32 to bytes."""
         return numbers.clamp(-FP16_MAX, FP16_MAX).half().contiguous().view(torch.uint8)
 
-    def load(self, data: Tensor, counts: dict[str, int]) -> dict[str, Tensor]:
-        """The fields that lie one after another in bytes `[..., m]`: `[..., count]` float32 each."""
-        numbers = data.contiguous().view(torch.float16).float()
-        return dict(zip(counts, numbers.split(list(counts.values()), dim=-1), strict=True))
+    def load(self, data: Tensor) -> Tensor:
+        """Bytes to `[..., n]` float32."""
+        return data.contiguous().view(torch.float16).float()
 
 
 class Eighth(Half):
-    """Scales in FP8 E4M3 under one fp32 factor a tile: the paper's accounting of 2.25 bits an element."""
+    """Positive scales in FP8 E4M3 under one fp32 factor a tile: the paper's accounting of 2.25 bits an element.
 
-    def bytes(self, field: str, count: int) -> int:
-        return 2 * count if field == "zero" else count + 4
+    A scale too small for its tile becomes the smallest there is, lest its row or column vanish.
+    """
 
-    def store(self, field: str, numbers: Tensor) -> Tensor:
-        if field == "zero":
-            return super().store(field, numbers)
-        factor = numbers.abs().amax(-1, keepdim=True).clamp(min=1e-30) / FP8_MAX
-        small = (numbers / factor).to(torch.float8_e4m3fn)
+    def bytes(self, count: int) -> int:
+        return count + 4
+
+    def store(self, numbers: Tensor) -> Tensor:
+        factor = numbers.amax(-1, keepdim=True).clamp(min=1e-30) / FP8_MAX
+        small = (numbers / factor).clamp(min=FP8_TINY).to(torch.float8_e4m3fn)
         return torch.cat([small.view(torch.uint8), factor.view(torch.uint8)], -1)
 
-    def load(self, data: Tensor, counts: dict[str, int]) -> dict[str, Tensor]:
-        sizes = [self.bytes(field, count) for field, count in counts.items()]
-        parts = data.split(sizes, dim=-1)
-        return {
-            field: super().load(part, {field: counts[field]})[field] if field == "zero" else self._load(part)
-            for field, part in zip(counts, parts, strict=True)
-        }
-
-    def _load(self, data: Tensor) -> Tensor:
+    def load(self, data: Tensor) -> Tensor:
         factor = data[..., -4:].contiguous().view(torch.float32)
         return data[..., :-4].contiguous().view(torch.float8_e4m3fn).float() * factor
 
 
-AUX = {"fp16": Half(), "fp8": Eighth()}
+FP16 = Half()
+AUX = {"fp16": FP16, "fp8": Eighth()}
 
 
 class Tile(NamedTuple):
@@ -101,10 +95,9 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tile of R rows by C columns lies in bytes: its codes, then its auxiliaries."""
+    """How a tile of R rows by C columns lies in bytes."""
 
-    order: tuple[str, ...]
-    """The auxiliaries "scale", "zero" and "column" as they follow one another."""
+    fields: tuple[str, ...]
     rows: int
     columns: int
     bits: int
@@ -112,48 +105,48 @@ class Layout:
     balance: Balance | None
 
     @cached_property
-    def code_bytes(self) -> int:
-        """Bytes of the packed codes."""
-        return packed_bytes(self.rows * self.columns, self.bits)
-
-    @cached_property
-    def counts(self) -> dict[str, int]:
-        """How many numbers each auxiliary has."""
-        counts = {"scale": self.rows, "zero": self.rows, "column": self.columns if self.balance else 0}
-        return {field: counts[field] for field in self.order if counts[field]}
+    def sizes(self) -> list[int]:
+        """Bytes of each field, in order."""
+        size = {
+            "codes": packed_bytes(self.rows * self.columns, self.bits),
+            "scale": self.aux.bytes(self.rows),
+            "zero": FP16.bytes(self.rows),
+            "column": self.aux.bytes(self.columns) if self.balance else 0,
+        }
+        return [size[field] for field in self.fields]
 
     @cached_property
     def bytes(self) -> int:
         """Bytes of the tile."""
-        return self.code_bytes + sum(self.aux.bytes(*item) for item in self.counts.items())
+        return sum(self.sizes)
 
     def write(self, tile: Tensor) -> Tensor:
         """Round `[..., R, C]` float32 to bytes `[..., bytes]`.
 
         The row scales of balancing cancel in row-wise rounding; only the column scales remain to store.
         """
-        data = {}
+        data = {"column": tile.new_empty(*tile.shape[:-2], 0, dtype=torch.uint8)}
         if self.balance is not None:
-            data["column"], column = self._stored("column", self.balance(tile)[1])
-            tile = tile / positive(column).unsqueeze(-2)
+            data["column"] = self.aux.store(self.balance(tile)[1])
+            tile = tile / positive(self.aux.load(data["column"])).unsqueeze(-2)
         low, high = tile.amin(-1), tile.amax(-1)
-        data["scale"], scale = self._stored("scale", (high - low) / (2**self.bits - 1))
-        data["zero"], zero = self._stored("zero", low)
-        codes = ((tile - zero.unsqueeze(-1)) / positive(scale).unsqueeze(-1)).round()
+        data["scale"] = self.aux.store((high - low) / (2**self.bits - 1))
+        data["zero"] = FP16.store(low)
+        scale = positive(self.aux.load(data["scale"])).unsqueeze(-1)
+        codes = ((tile - FP16.load(data["zero"]).unsqueeze(-1)) / scale).round()
         codes = codes.clamp(0, 2**self.bits - 1).to(torch.uint8)
-        return torch.cat([pack(codes.flatten(-2), self.bits), *(data[field] for field in self.counts)], -1)
-
-    def _stored(self, field: str, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """A field's bytes, and its numbers as these bytes will be read."""
-        data = self.aux.store(field, numbers)
-        return data, self.aux.load(data, {field: self.counts[field]})[field]
+        data["codes"] = pack(codes.flatten(-2), self.bits)
+        return torch.cat([data[field] for field in self.fields], dim=-1)
 
     def read(self, data: Tensor) -> Tile:
         """Bytes `[..., bytes]` to a tile."""
-        codes, aux = data.split([self.code_bytes, self.bytes - self.code_bytes], dim=-1)
-        numbers = self.aux.load(aux, self.counts)
-        matrix = unpack(codes, self.bits).unflatten(-1, (self.rows, self.columns)).float()
-        return Tile(matrix, numbers["scale"], numbers["zero"], numbers.get("column"))
+        part = dict(zip(self.fields, data.split(self.sizes, dim=-1), strict=True))
+        return Tile(
+            unpack(part["codes"], self.bits).unflatten(-1, (self.rows, self.columns)).float(),
+            self.aux.load(part["scale"]),
+            FP16.load(part["zero"]),
+            self.aux.load(part["column"]) if self.balance else None,
+        )
 
 
 def positive(scale: Tensor) -> Tensor:
@@ -219,8 +212,8 @@ def layouts(codec: RowCodec, dim: int) -> tuple[Layout, Layout]:
     """How a codec lays out keys, channels x tokens, and values, tokens x channels."""
     aux, balance, group = AUX[codec.aux_dtype], codec.balance, codec.group
     return (
-        Layout(("scale", "zero", "column"), dim, group, codec.bits_k, aux, balance),
-        Layout(("column", "scale", "zero"), group, dim, codec.bits_v, aux, balance),
+        Layout(("codes", "scale", "zero", "column"), dim, group, codec.bits_k, aux, balance),
+        Layout(("codes", "column", "scale", "zero"), group, dim, codec.bits_v, aux, balance),
     )
 
 
@@ -248,5 +241,5 @@ class RoundedKV(TiledKV):
         if self.aux_dtype not in AUX:
             raise ValueError(f"aux_dtype must be one of {sorted(AUX)}, got {self.aux_dtype!r}")
 
-    def settings(self, short: str = "", *said: str) -> str:
-        return super().settings(f"k{self.bits_k}v{self.bits_v}", "bits_k", "bits_v")
+    def settings(self) -> str:
+        return self.spell(f"k{self.bits_k}v{self.bits_v}", "bits_k", "bits_v")

@@ -35,8 +35,8 @@ class Quantized(KVMethod):
         if self.bits not in allowed:
             raise ValueError(f"{self.backend} rounds to {allowed} bits, got {self.bits}")
 
-    def settings(self, short: str = "", *said: str) -> str:
-        return super().settings(f"{self.backend} int{self.bits}", "backend", "bits")
+    def settings(self) -> str:
+        return self.spell(f"{self.backend} int{self.bits}", "backend", "bits")
 
     def new_cache(self, config: PretrainedConfig) -> Cache:
         self._require_whole_groups(KVShape.of(config))

@@ -196,6 +196,11 @@ class Study:
             row = self.bench.row(self.base.with_(**recipe.methods()), share)
         except StropError as error:
             row = describe(recipe) | {"status": "refused", "reason": str(error), "seconds": 0.0}
+        except Exception as error:  # a fault of one method, often a peer's, does not end the study
+            if index == 0:
+                raise
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            return describe(recipe) | {"status": "failed", "reason": reason, "seconds": 0.0}
         self.store.put(key, names, row)
         return self.store.get(key) or row
 

@@ -28,8 +28,8 @@ class RTN(WeightMethod):
         if self.group is not None and self.group < 1:
             raise ValueError(f"group must be positive or None, got {self.group}")
 
-    def settings(self, short: str = "", *said: str) -> str:
-        return super().settings(f"int{self.bits}", "bits")
+    def settings(self) -> str:
+        return self.spell(f"int{self.bits}", "bits")
 
     def quantize(self, weight: Tensor) -> Codes:
         """Round `weight` `[O, I]` in groups of `group` input channels."""

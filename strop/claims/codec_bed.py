@@ -1,0 +1,193 @@
+"""What claims about KV codecs are measured on, and the run of all their experiments.
+
+Three models that read: the bundled coder as trained, and a pair of byte models of which one has token scales
+planted into its keys. One that reasons: the bundled reasoner. Everything is computed in float32, so that what
+is seen is the codec and not the model's own rounding.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strop.claims.accuracy import even_problems
+from strop.claims.base import Report, Row, Table
+from strop.claims.codec_study import (
+    CODECS,
+    PRESETS,
+    SINKS,
+    STOCK,
+    accumulation_study,
+    accuracy_study,
+    bytes_study,
+    captured_study,
+    contenders,
+    repair_study,
+    same_when_served,
+    tile_study,
+)
+from strop.claims.planted import Twin, as_bytes, cache_folder, train_bytes, trained
+from strop.claims.reading import Subject
+from strop.claims.tiles import GENERATED, SIGMA
+from strop.core.errors import StropError
+from strop.kv import KVarN
+from strop.model import Model, load
+from strop.tasks import python_source
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How large the experiments are."""
+
+    name: str
+    device: str = "cpu"
+    texts: int = 8
+    """Texts a model reads; each is a repetition."""
+    tokens: int = 1024
+    """Tokens (bytes, for the twins) of each text."""
+    draws: int = 8
+    """Draws of generated tiles; each is a repetition."""
+    tiles: int = 16
+    """Tiles a draw."""
+    group: int = 128
+    """Tokens a tile."""
+    half: int = 64
+    """The smaller tile that is measured beside it."""
+    dim: int = 128
+    """Channels of generated tiles."""
+    sets: int = 5
+    """Sets of problems; each is a repetition."""
+    each: int = 6
+    """Problems a set."""
+    facts: int = 28
+    look_ups: int = 12
+    served: int = 2
+    """Problems that are also solved one by one through the packed cache."""
+    steps: int = 200
+    """Training steps of a twin."""
+    sinks: tuple[int, ...] = SINKS
+    main_sinks: int = 4
+    """Sinks where only one number of them is measured."""
+
+
+SCALES = {
+    "cpu": Scale(name="cpu"),
+    "gpu": Scale(
+        name="gpu", device="cuda", texts=20, tokens=2048, tiles=64, each=40, facts=40, look_ups=34, steps=1000
+    ),
+}
+
+
+CODER, PLAIN, PLANTED = "zoo:coder", "plain twin", "planted twin"
+TRAINING = 40
+"""Announcements of one twin's training."""
+
+
+class Progress:
+    """Turns measurements begun into the share done."""
+
+    def __init__(self, report: Report, expected: int) -> None:
+        self.report, self.expected, self.begun = report, expected, 0
+
+    def __call__(self, what: str) -> None:
+        self.report(what, min(self.begun / self.expected, 1.0))
+        self.begun += 1
+
+
+@dataclass(frozen=True)
+class Bed:
+    """The models that the experiments run on."""
+
+    coder: Subject
+    plain: Subject
+    planted: Subject
+    reasoner: Model
+
+
+def expected(scale: Scale) -> int:
+    """Measurements that `run` announces, training included."""
+    points = len(scale.sinks)
+    reads = 2 * ((points + 1) * 2 + points) * len(CODECS) + points * 2 * len(CODECS)
+    tables = len(GENERATED) + 4 + 9 + 2 * len(contenders(0, scale.group, scale.half))
+    return reads + tables + len(PRESETS) * points * 3 + len(STOCK) + 2 + 2 * TRAINING
+
+
+def lay(scale: Scale, progress: Progress) -> Bed:
+    """Load the bundled models, and the twins from the cache folder, trained first where they are missing."""
+    if scale.device == "cuda" and not torch.cuda.is_available():
+        raise StropError("no CUDA device is visible: use --scale cpu, or see `strop doctor`")
+    coder = load("zoo:coder", dtype="fp32", device=scale.device)
+    reasoner = load("zoo:reasoner", dtype="fp32", device=scale.device)
+    end = coder.tokenizer.eos_token_id
+    documents = python_source.held_out_text()
+    tokens = first_tokens(([end, *coder.encode(text)] for text in documents), scale)
+    held_out = first_tokens((as_bytes(text).tolist() for text in documents), scale)
+    progress("reading the training text")
+    text, twins = train_bytes(), []
+    for name, sigma in ((PLAIN, 0.0), (PLANTED, SIGMA)):
+        twin = Twin(sigma=sigma, steps=scale.steps)
+        model = trained(twin, text, cache_folder(), _announcer(progress, name))
+        twins.append(Subject(name, model.to(scale.device), held_out))
+    return Bed(Subject(CODER, coder.model, tokens), *twins, reasoner)
+
+
+def _announcer(progress: Progress, name: str) -> Callable[[float], None]:
+    """Announces a training `TRAINING` times at most."""
+    said = -1
+
+    def step(share: float) -> None:
+        nonlocal said
+        if int(share * TRAINING) > said:
+            said = int(share * TRAINING)
+            progress(f"training the {name}")
+
+    return step
+
+
+def first_tokens(texts: Any, scale: Scale) -> Tensor:
+    """The first tokens of the first documents that are long enough, `[texts, tokens]`."""
+    rows = []
+    for ids in texts:
+        if len(ids) >= scale.tokens:
+            rows.append(ids[: scale.tokens])
+        if len(rows) == scale.texts:
+            return torch.tensor(rows, device=scale.device)
+    raise StropError(
+        f"only {len(rows)} held-out documents have {scale.tokens} tokens; {scale.texts} are needed"
+    )
+
+
+def run(bed: Bed, scale: Scale, progress: Progress) -> dict[str, Table]:
+    """All experiments; raises RuntimeError when a control does not behave."""
+    group, sinks = scale.group, scale.main_sinks
+    both = (bed.coder, bed.planted)
+    two = [(2, group, held) for held in scale.sinks]
+    points = [*two, (2, scale.half, sinks), *((4, group, held) for held in scale.sinks)]
+    grids = ((bed.coder, points), (bed.planted, points), (bed.plain, two))
+    rivals = contenders(sinks, group, scale.half)
+    studies: dict[str, Callable[[], list[Row]]] = {
+        "generated tiles": lambda: tile_study(scale.draws, scale.tiles, group, scale.dim, progress),
+        "captured tiles": lambda: [r for s in both for r in captured_study(s, group, sinks, progress)],
+        "accumulation": lambda: [r for s, grid in grids for r in accumulation_study(s, grid, progress)],
+        "repair": lambda: [r for s in (bed.plain, *both) for r in repair_study(s, group, sinks, progress)],
+        "equal bytes": lambda: [r for s in both for r in bytes_study(s, rivals, progress)],
+        "accuracy": lambda: _accuracy(bed.reasoner, scale, progress),
+    }
+    tables = {}
+    for name, study in studies.items():
+        start = time.perf_counter()
+        rows = study()
+        tables[name] = Table(rows, time.perf_counter() - start)
+    return tables
+
+
+def _accuracy(reasoner: Model, scale: Scale, progress: Progress) -> list[Row]:
+    examples = even_problems(scale.sets, scale.each, scale.facts, scale.look_ups)
+    rows = accuracy_study(reasoner, examples, scale.sets, scale.group, scale.sinks, progress)
+    progress("solving a sample through the packed cache")
+    method = KVarN(bits=2, group=scale.group, sinks=scale.main_sinks)
+    same = same_when_served(reasoner, method, examples[: scale.served])
+    return [*rows, {"study": "served alike", "method": "KVarN", "preset": "k2v2", "share": same}]

@@ -1,0 +1,61 @@
+"""What must hold on a CUDA device: the same records, the same attention, the same study."""
+
+import pytest
+import torch
+
+import strop
+from strop.kv import KIVI, HadamardRTN, KVarN
+from strop.kv.kvarn import varn
+from strop.tune import measure, workload
+from strop.tune.engine import Settings, tune
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
+]
+
+
+@pytest.mark.parametrize("method", [KVarN(), KVarN(bits=2), KIVI(bits=2), HadamardRTN(bits=2)])
+def test_records_are_those_of_the_cpu(method):
+    generator = torch.Generator().manual_seed(0)
+    keys, values = torch.randn(2, 64, 128, 128, generator=generator)
+    codec = method.codec()
+    here, there = codec.encode(keys, values), codec.encode(keys.cuda(), values.cuda()).cpu()
+    for read in (codec._keys, codec._values):
+        one, other = read(here, 128), read(there, 128)
+        assert (one.codes == other.codes).float().mean() >= 0.9999
+        for scales, others in ((one.scale, other.scale), (one.column, other.column)):
+            torch.testing.assert_close(scales, others, rtol=1e-3, atol=0)
+
+
+def test_balancing_is_that_of_the_cpu():
+    tile = torch.randn(8, 128, 128, generator=torch.Generator().manual_seed(1))
+    for here, there in zip(varn(tile), varn(tile.cuda()), strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [None, KVarN(), KVarN(bits=2), KIVI(bits=4)])
+def test_generation_in_a_padded_batch_is_that_of_the_cpu(method):
+    prompts = ["def main():\n" * 60, "import os\n" * 20]
+    texts = []
+    for device in ("cpu", "cuda"):
+        lm = strop.load("zoo:coder", "fp32", device).with_(kv=method)
+        texts.append(lm.generate(prompts, max_new_tokens=24))
+    assert texts[0] == texts[1]
+
+
+def test_seeded_sampling_is_that_of_the_cpu():
+    texts = [
+        strop.load("zoo:coder", "fp32", device).generate(["def main():\n"], 32, seed=3, samples=2)
+        for device in ("cpu", "cuda")
+    ]
+    assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
+
+
+def test_study_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(workload, "SCORED_TOKENS", 2000)
+    monkeypatch.setattr(measure, "ROUNDS", 2)
+    settings = Settings(device="cuda", methods=("kvarn", "rtn"), context=600)
+    study = tune("zoo:coder", None, tmp_path, settings)
+    assert all(row["status"] == "measured" for row in study["rows"]), [r["reason"] for r in study["rows"]]
+    assert (tmp_path / "report.html").exists()
