@@ -21,8 +21,8 @@ METHODS |= {
     "kvarn without normalization": KVarN(bits=2, normalize="none"),
     "kivi k2v2": KIVI(bits=2),
     "hadamard k2v2": HadamardRTN(bits=2),
-    "hqq int4": Quantized(backend="hqq", group=32),
-    "hqq int2": Quantized(backend="hqq", bits=2, group=16),
+    "hqq int4": Quantized(backend="hqq", group=16),
+    "hqq int2": Quantized(backend="hqq", bits=2, group=8),
     "quanto int4": Quantized(backend="quanto", group=32),
     "quanto int2": Quantized(backend="quanto", bits=2, group=32),
 }
@@ -95,20 +95,17 @@ def test_every_method_knows_its_bytes(method, dtype):
         assert held == pytest.approx(method.kv_bytes(shape, tokens), rel=0.03)
 
 
+@pytest.mark.parametrize("method", [None, KVarN(group=8, tail=8, sinks=4)])
 @torch.no_grad()
-def test_formula_counts_windows(tiny):
+def test_formula_counts_windows(method, tiny):
     model = tiny("gemma2")
-    method = KVarN(group=8, tail=8, sinks=4)
-    for cache, formula in (
-        (method.new_cache(model.config), method.kv_bytes),
-        (DynamicCache(config=model.config), KVShape.dense_bytes),
-    ):
-        model(torch.ones(1, 80, dtype=torch.long), past_key_values=cache)
-        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
-        shape = KVShape.of(model.config, 4)
-        args = (shape, 81)
-        assert tensor_bytes(cache.layers) == pytest.approx(formula(*args), rel=0.03)
+    shape = KVShape.of(model.config, 4)
     assert shape.layers == 1 and shape.windows == (12,)
+    cache = method.new_cache(model.config) if method else DynamicCache(config=model.config)
+    model(torch.ones(1, 80, dtype=torch.long), past_key_values=cache)
+    model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    formula = method.kv_bytes(shape, 81) if method else shape.dense_bytes(81)
+    assert tensor_bytes(cache.layers) == pytest.approx(formula, rel=0.03)
 
 
 @every_tiled
@@ -130,12 +127,13 @@ def test_without_attach_the_tokens_are_the_same(method, name, tiny):
 @pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_eight_bits_are_nearly_dense(name, tiny):
-    model, inputs = tiny(name), prompt(80, 50)
-    options = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    cache = KVarN(bits=8, group=16, tail=16, sinks=4).new_cache(model.config)
-    plain, out = model.generate(**inputs, **options), model.generate(**inputs, past_key_values=cache, **options)
-    assert torch.equal(out.sequences, plain.sequences)
-    torch.testing.assert_close(torch.stack(out.logits), torch.stack(plain.logits), rtol=0, atol=0.3)
+    model, ids = tiny(name), prompt(120, 120)["input_ids"]
+    caches = KVarN(bits=8, group=16, tail=16, sinks=4).new_cache(model.config), DynamicCache(config=model.config)
+    out, plain = (
+        torch.cat([model(part, past_key_values=cache).logits for part in ids.split(10, 1)], 1) for cache in caches
+    )
+    error = (out - plain).norm(dim=-1) / plain.norm(dim=-1)
+    assert 0 < error.median() < 0.02  # not the mean: a token may go to another expert
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
@@ -175,7 +173,7 @@ def test_peers_refuse_shapes_that_break_them():
         with pytest.raises(StropError, match="smaller group"):
             method.new_cache(config)
     with pytest.raises(StropError, match="refuses this model"):
-        Quantized(group=32).new_cache(CONFIGS["gemma2"])
+        Quantized(group=16).new_cache(CONFIGS["gemma2"])
 
 
 @pytest.mark.parametrize("fields", [{"backend": "gguf"}, {"bits": 8}, {"backend": "fp8", "bits": 4}])

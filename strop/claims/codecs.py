@@ -58,7 +58,7 @@ class Uncoded(TiledKV):
         return Identity(self.group)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RepairedCodec(Identity):
     """Tiles as `inner` decodes them, apart from the tokens whose errors are put right."""
 
@@ -91,4 +91,4 @@ class Repaired(RoundedKV):
 
     def codec(self) -> RepairedCodec:
         inner = RowCodec(self.bits_k, self.bits_v, self.group, False)
-        return RepairedCodec(self.group, inner, self.share, self.worst)
+        return RepairedCodec(group=self.group, inner=inner, share=self.share, worst=self.worst)

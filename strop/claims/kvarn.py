@@ -122,8 +122,8 @@ def planted(scale: Scale, table: Table) -> Claim:
         seeds=scale.texts,
         varied=TEXTS,
         verdict=graded([high <= TENTH for high in highs], [high < 1 for high in highs]),
-        reason="a byte model trained with log-normal token scales (sigma 0.7) planted into its keys; the plain "
-        "twin is trained alike, without them",
+        reason="a byte model trained with log-normal token scales (sigma 0.7) planted into its keys; the "
+        "plain twin is trained alike, without them",
     )
 
 

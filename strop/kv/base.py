@@ -53,7 +53,7 @@ class KVShape:
 
     def window_bytes(self, tokens: int) -> int:
         """Bytes of one sequence in the sliding-window layers."""
-        return sum(min(tokens, window - 1) for window in self.windows) * self.token_bytes
+        return sum(min(tokens, window) for window in self.windows) * self.token_bytes
 
 
 class KVMethod(Method, ABC):
