@@ -37,7 +37,7 @@ CANDIDATES: dict[str, tuple[Method, ...]] = {
     "kv": (
         Quantized(backend="fp8", bits=8),
         Quantized(backend="hqq", bits=4),
-        Quantized(backend="hqq", bits=2),
+        Quantized(backend="hqq", bits=2, group=32),
         Quantized(backend="quanto", bits=4),
         Quantized(backend="quanto", bits=2),
         KVarN(bits_k=4, bits_v=4),

@@ -1,4 +1,4 @@
-"""Tiny seeded models that tests share: two layers of nine architectures, with attention sharp enough to err."""
+"""Tiny seeded models that tests share: two layers of nine architectures, with sharp attention."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""Claims: their experiments run, repeat, and behave where the answer is known; which way one falls is not tested."""
+"""Claims: experiments run, repeat, and behave where answers are known; which way one falls is not tested."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ from strop.kv.base import KVShape
 END = "<|endoftext|>"
 TINY = Scale(
     name="tiny",
-    texts=3,
-    tokens=256,
+    texts=2,
+    tokens=448,
     draws=2,
     tiles=2,
     group=32,
@@ -169,27 +169,22 @@ def test_static_reading_feeds_nothing_back(bed):
     static, fed = (bed.coder.new_cache(method, mode) for mode in (True, False))
     for cache in (static, fed):
         list(pseudo_decode(bed.coder.model, bed.coder.tokens, cache))
-    newest = [
-        (cache.layers[1].keys[:, :, 240:256] - bed.coder.cache.layers[1].keys[:, :, 240:]).abs().max()
-        for cache in (static, fed)
-    ]
-    assert newest[0] == 0 < newest[1]
+    exact, newest = (cache.layers[1].keys[:, :, 440:448] for cache in (bed.coder.cache, static))
+    assert torch.equal(newest, exact) and not torch.equal(fed.layers[1].keys[:, :, 440:448], exact)
 
 
 @pytest.mark.parametrize("worst", [True, False])
 def test_repairs_put_the_chosen_tokens_right(worst):
     tiles = generate("token scales", 3, 32, 16, seed=1)
-    codec = Repaired(bits=2, group=32, worst=worst, share=0.25).codec()
-    plain = (
-        tiles
-        - KIVI(bits=2, group=32).codec().decode(KIVI(bits=2, group=32).codec().encode(tiles, tiles), 16)[0]
+    plain, repaired = (
+        (tiles - codec.decode(codec.encode(tiles, tiles), 16)[0]).square().sum(-1)
+        for codec in (
+            KIVI(bits=2, group=32).codec(),
+            Repaired(bits=2, group=32, worst=worst, share=0.25).codec(),
+        )
     )
-    left = (tiles - codec.decode(codec.encode(tiles, tiles), 16)[0]).square().sum(-1)
-    right = left == 0
-    assert (right.sum(-1) == (8 if worst else 24)).all()
-    error = plain.square().sum(-1)
-    edge = error.sort(dim=-1, descending=True).values[:, 7:8]
-    assert torch.equal(right, (error >= edge) == worst)
+    edge = plain.sort(dim=-1, descending=True).values[:, 7:8]
+    assert torch.equal(repaired == 0, (plain >= edge) == worst)
 
 
 def test_magnitude_and_direction_make_up_the_error():
@@ -217,8 +212,8 @@ def test_codecs_agree_where_nothing_is_to_be_evened_out():
 
 def test_captured_tiles_are_the_cache_without_its_sinks(bed):
     tiles = capture(bed.coder.cache, "values", 32, 4)
-    assert tiles.shape == (3, 2 * 2 * 7, 32, 64)
-    assert torch.equal(tiles[1, 8], bed.coder.cache.layers[0].values[1, 1, 36:68])
+    assert tiles.shape == (2, 2 * 2 * 13, 32, 64)
+    assert torch.equal(tiles[1, 14], bed.coder.cache.layers[0].values[1, 1, 36:68])
 
 
 def test_planted_scales_multiply_keys_and_values():

@@ -32,7 +32,9 @@ def test_packing_keeps_every_bit_and_is_lowest_first(bits, shape, whole, seed):
     assert packed.shape == (*shape, packed_bytes(8 * whole, bits))
     assert torch.equal(unpack(packed, bits), codes)
     assert torch.equal(unpack(packed.mT.contiguous().mT, bits), codes) if len(shape) else True
-    for byte, one in zip(packed.flatten().tolist(), codes.flatten().view(-1, 8 // bits).tolist(), strict=True):
+    for byte, one in zip(
+        packed.flatten().tolist(), codes.flatten().view(-1, 8 // bits).tolist(), strict=True
+    ):
         assert byte == sum(code << bits * lane for lane, code in enumerate(one))
 
 
@@ -73,7 +75,9 @@ class TestJoinedAttention:
         cuts = [slice(0, 4), slice(4, 21), slice(21, 30)]
         rows = group_queries(q, 2)
         visible = [None if mask is None else mask[..., cut] for cut in cuts]
-        parts = [attend_dense(rows, k[:, :, c], v[:, :, c], m, 0.25) for c, m in zip(cuts, visible, strict=True)]
+        parts = [
+            attend_dense(rows, k[:, :, c], v[:, :, c], m, 0.25) for c, m in zip(cuts, visible, strict=True)
+        ]
         wide = (x.repeat_interleave(2, 1) for x in (k, v))
         expected = scaled_dot_product_attention(q, *wide, attn_mask=mask, scale=0.25)
         return ungroup(merge(parts).out, q), expected.transpose(1, 2)

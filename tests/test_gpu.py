@@ -23,7 +23,8 @@ def test_records_are_those_of_the_cpu(method):
     here, there = codec.encode(keys, values), codec.encode(keys.cuda(), values.cuda()).cpu()
     for read in (codec._keys, codec._values):
         one, other = read(here, 128), read(there, 128)
-        assert (one.codes == other.codes).float().mean() >= 0.9999
+        apart = (one.codes - other.codes).abs()
+        assert apart.max() <= 1 and (apart > 0).float().mean() < 1e-3
         for scales, others in ((one.scale, other.scale), (one.column, other.column)):
             torch.testing.assert_close(scales, others, rtol=1e-3, atol=0)
 

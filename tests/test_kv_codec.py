@@ -46,7 +46,8 @@ def errors(codec: RowCodec, keys: Tensor) -> tuple[float, float]:
 
 class TestRecord:
     @pytest.mark.parametrize(
-        ("bits_k", "bits_v", "size", "ratio"), [(4, 4, 17_920, 3.66), (4, 2, 13_824, 4.74), (2, 2, 9_728, 6.74)]
+        ("bits_k", "bits_v", "size", "ratio"),
+        [(4, 4, 17_920, 3.66), (4, 2, 13_824, 4.74), (2, 2, 9_728, 6.74)],
     )
     def test_size_is_the_papers(self, bits_k, bits_v, size, ratio):
         assert KVarN(bits_k=bits_k, bits_v=bits_v).codec().record_bytes(128) == size
@@ -146,7 +147,9 @@ class TestRotation:
         q, k, v = torch.randn(3, 32, dim, generator=torch.Generator().manual_seed(0))
         scores = q @ k.T / dim**0.5
         torch.testing.assert_close(rotate(q) @ rotate(k).T / dim**0.5, scores, rtol=0, atol=1e-5)
-        torch.testing.assert_close(rotate(scores.softmax(-1) @ rotate(v)), scores.softmax(-1) @ v, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            rotate(scores.softmax(-1) @ rotate(v)), scores.softmax(-1) @ v, rtol=0, atol=1e-5
+        )
         torch.testing.assert_close(rotate(rotate(q)), q, rtol=0, atol=1e-5)
 
 
@@ -182,7 +185,11 @@ class TestVarN:
 
     def test_keeps_the_best_state_and_not_the_last(self):
         generator = torch.Generator().manual_seed(3)
-        tile = torch.randn(64, 4, 5, generator=generator) * torch.randn(64, 4, 1, generator=generator).exp() * 0.3
+        tile = (
+            torch.randn(64, 4, 5, generator=generator)
+            * torch.randn(64, 4, 1, generator=generator).exp()
+            * 0.3
+        )
         rows, columns = varn(tile, 8, "none")
         best = imbalance(tile / columns.unsqueeze(-2) / rows.unsqueeze(-1))
         later = torch.stack([imbalance(_balanced(tile, n)) for n in range(1, 9)])
@@ -212,7 +219,9 @@ class TestVarN:
             assert errors(normal, size * keys)[0] == pytest.approx(base, rel=0.01)
         assert errors(none, keys)[0] < 0.3
         assert errors(none, 0.1 * keys)[0] > 2
-        assert errors(none, 0.001 * keys)[0] == pytest.approx(errors(HadamardRTN(bits=2).codec(), keys)[0], rel=0.1)
+        assert errors(none, 0.001 * keys)[0] == pytest.approx(
+            errors(HadamardRTN(bits=2).codec(), keys)[0], rel=0.1
+        )
 
 
 def _balanced(tile: Tensor, n_iter: int) -> Tensor:
@@ -244,7 +253,9 @@ class TestOrderAtTwoBits:
 
 
 def _awkward() -> dict[str, Tensor]:
-    keys = {name: tiles(1, 4, 0.5, 64, 64)[0] for name in ("zero token", "constant channel", "outlier", "zeros")}
+    keys = {
+        name: tiles(1, 4, 0.5, 64, 64)[0] for name in ("zero token", "constant channel", "outlier", "zeros")
+    }
     keys["zero token"][5] = 0
     keys["constant channel"][:, 7] = 1000.0
     keys["outlier"][9, 3] = 1e4
@@ -275,7 +286,9 @@ def test_attention_on_codes_is_attention_on_decoded_tiles(method, dim):
     assert records.shape == (batch, count, heads, codec.record_bytes(dim))
     keys, values = (x.transpose(1, 2).flatten(2, 3) for x in codec.decode(records, dim))
     scores = query @ keys.transpose(-1, -2)
-    torch.testing.assert_close(codec.scores(query, records), scores, rtol=0, atol=1e-5 * scores.abs().max().item())
+    torch.testing.assert_close(
+        codec.scores(query, records), scores, rtol=0, atol=1e-5 * scores.abs().max().item()
+    )
     weights = scores.softmax(-1)
     out = weights @ values
     torch.testing.assert_close(

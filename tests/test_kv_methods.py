@@ -52,7 +52,12 @@ def prompt(*lengths: int) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def test_every_method_generates_less_bytes_alike_every_time(method, tiny):
     model, inputs = tiny("qwen3"), prompt(460, 300)
-    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     dense = DynamicCache(config=model.config)
     plain = model.generate(**inputs, past_key_values=dense, **options)
     runs = []
@@ -128,9 +133,13 @@ def test_without_attach_the_tokens_are_the_same(method, name, tiny):
 @torch.no_grad()
 def test_eight_bits_are_nearly_dense(name, tiny):
     model, ids = tiny(name), prompt(120, 120)["input_ids"]
-    caches = KVarN(bits=8, group=16, tail=16, sinks=4).new_cache(model.config), DynamicCache(config=model.config)
+    caches = (
+        KVarN(bits=8, group=16, tail=16, sinks=4).new_cache(model.config),
+        DynamicCache(config=model.config),
+    )
     out, plain = (
-        torch.cat([model(part, past_key_values=cache).logits for part in ids.split(10, 1)], 1) for cache in caches
+        torch.cat([model(part, past_key_values=cache).logits for part in ids.split(10, 1)], 1)
+        for cache in caches
     )
     error = (out - plain).norm(dim=-1) / plain.norm(dim=-1)
     assert 0 < error.median() < 0.02  # not the mean: a token may go to another expert

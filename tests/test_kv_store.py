@@ -71,7 +71,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(remove=st.integers(0, 6))
     def crop(self, remove):
-        """What the last pass appended, up to `max_rollback`, is given back; more only if still in the tail."""
+        """What the last pass appended, up to `max_rollback`, is given back; more if it is in the tail."""
         try:
             self.layer.crop(-remove)
         except StropError:
@@ -118,7 +118,9 @@ StoreMachine.TestCase.settings = settings(
 TestStore = StoreMachine.TestCase
 
 
-@pytest.mark.parametrize("method", [KVarN(bits=2, group=16, tail=16, sinks=8), KIVI(group=16, tail=16, sinks=8)])
+@pytest.mark.parametrize(
+    "method", [KVarN(bits=2, group=16, tail=16, sinks=8), KIVI(group=16, tail=16, sinks=8)]
+)
 def test_padding_never_enters_tiles_and_sinks_are_the_first_real_tokens(method):
     pads, width = [0, 13, 50], 70
     _, keys, values = tokens(3, width, 0)
@@ -190,7 +192,8 @@ def test_keeps_the_dtype(dtype):
     layer.update(*one[1:])
     out = layer.attend(one[0], None, 0.3, None)
     assert out.dtype == layer.store.keys.dtype == layer.dense()[0].dtype == dtype
-    all_keys, all_values = (torch.cat(x, 2).repeat_interleave(2, 1) for x in zip((keys, values), one[1:]))
+    all_keys = torch.cat([keys, one[1]], 2).repeat_interleave(2, 1)
+    all_values = torch.cat([values, one[2]], 2).repeat_interleave(2, 1)
     dense = scaled_dot_product_attention(one[0], all_keys, all_values, scale=0.3).transpose(1, 2)
     torch.testing.assert_close(out.float(), dense.float(), rtol=0, atol=0.03)
 

@@ -264,6 +264,6 @@ def test_code_version_follows_the_code(monkeypatch):
 
 def test_out_must_be_a_folder(model, text, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StropError, match="is a file"):
+    with pytest.raises(StropError, match="it is a file"):
         tune(str(model), text, tmp_path / "file", Settings())
     assert engine.Settings().objective == "balanced"

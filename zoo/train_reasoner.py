@@ -49,7 +49,7 @@ PROBLEMS, JUDGED = 200, 20_000
 PLAN = Plan(steps=6000, lr=2.5e-3)
 """The curriculum, from random weights."""
 
-FINISH = Plan(steps=1000, lr=1e-3, warmup=50, decay=0.9, seed=1)
+FINISH = Plan(steps=3000, lr=1e-3, warmup=50, decay=0.9, seed=1)
 """More of the last stage, from the weights that the curriculum saved and a fresh optimizer."""
 
 FINISH_KINDS = ("sum", "chain", "recall", "chain")
@@ -147,7 +147,7 @@ def measure(folder: Path, device: str) -> dict[str, Any]:
         model, tokenizer = load(folder, device, dtype)
         examples = problems(PROBLEMS * len(KINDS), JUDGED, sizes=sizes)
         prompts = [e.prompt for e in examples]
-        outputs = evaluate.completions(model, tokenizer, prompts, 640, 50)
+        outputs = evaluate.completions(model, tokenizer, prompts, 640, 100)
         found[name] = {
             kind: evaluate.judge(examples[i :: len(KINDS)], outputs[i :: len(KINDS)], final_answer)
             for i, kind in enumerate(KINDS)

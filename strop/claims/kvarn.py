@@ -63,7 +63,7 @@ def worst_errors(scale: Scale, table: Table, model: str, varied: str) -> Claim:
     if mean["KVarN"] >= REMOVED or rivals < COUNTS:
         verdict = "not here"
     return table.claim(
-        table.where(model=model) if model == CODER else table.rows,
+        table.rows,
         paper="kvarn",
         scale=scale.name,
         claim=f"The worst 5 % of 2-bit key errors are mostly wrong magnitude, and KVarN ends that ({model})",

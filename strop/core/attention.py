@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 LOWEST = torch.finfo(torch.float32).min
 
 

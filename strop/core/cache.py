@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from strop.core.attention import attend_dense, causal, group_queries, ungroup
 from strop.core.errors import StropError
+from strop.core.method import Method
 
 IMPLEMENTATION = "strop"
 
@@ -35,8 +36,8 @@ class Ref:
 class AttendingLayer(CacheLayerMixin):
     """A cache layer that stores keys and values its own way and computes attention over them.
 
-    A subclass owns the abstract methods, and the batch operations of transformers' cache layers. Positions are
-    columns of the padded batch: column c holds the c-th token of every row, pads included.
+    A subclass owns the abstract methods and the batch operations of transformers' cache layers. Positions
+    are columns of the padded batch: column c holds the c-th token of every row, pads included.
     """
 
     is_sliding = False
@@ -56,9 +57,7 @@ class AttendingLayer(CacheLayerMixin):
         """Take the newest tokens' keys and values `[B, H_kv, q, D]`."""
 
     @abstractmethod
-    def attend(
-        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
-    ) -> Tensor:
+    def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         """Attention of the newest q tokens over everything held.
 
         `query` `[B, H_q, q, D]`; `mask` bool `[B, 1 or H_q, q, T]` over true columns, or None for plain
@@ -100,8 +99,6 @@ class AttendingLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.seen + query_length, 0
 
@@ -112,19 +109,22 @@ class KVCache(DynamicCache):
     def __init__(
         self,
         config: PretrainedConfig,
+        method: Method,
         make_layer: Callable[[PretrainedConfig], AttendingLayer],
     ) -> None:
-        """Raise StropError when the model has no full-attention layer of keys and values to replace."""
+        """A cache that `method` makes.
+
+        Raises StropError when the model has no full-attention layer of keys and values to replace.
+        """
         super().__init__(config=config)
+        self.config, self.method = config, method
         decoder = config.get_text_config(decoder=True)
         if getattr(decoder, "kv_lora_rank", None) is not None:
             raise StropError(
                 "this model caches one latent vector a token instead of keys and values, which no kv method "
                 "here can code: leave the kv slot empty"
             )
-        self.layers = [
-            make_layer(decoder) if type(layer) is DynamicLayer else layer for layer in self.layers
-        ]
+        self.layers = [make_layer(decoder) if type(layer) is DynamicLayer else layer for layer in self.layers]
         if not self.attending:
             raise StropError(
                 "no layer of this model keeps a full-attention cache (all use a sliding window or "
@@ -164,7 +164,8 @@ def _collect(item: Any, storages: dict[int, int], visited: set[int]) -> None:
         return
     visited.add(id(item))
     if isinstance(item, Tensor):
-        children = [getattr(item, name) for name in item.__tensor_flatten__()[0]]
+        names = item.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+        children = [getattr(item, name) for name in names]
     elif isinstance(item, dict):
         children = list(item.values())
     elif isinstance(item, (list, tuple)):
@@ -179,13 +180,13 @@ def attention(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor | Ref,
-    value: Tensor | Ref,
+    value: Any,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: the layer's own attention for a handle, else SDPA."""
+    """transformers' attention function: the layer's own attention if `key` is a handle, else SDPA."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     _require_supported(kwargs, ("position_bias", "s_aux") if isinstance(key, Ref) else ("s_aux",))
     if isinstance(key, Ref):

@@ -50,16 +50,16 @@ class KeyedSampler(LogitsProcessor):
         Raises StropError unless `temperature` is above 0.
         """
         if not temperature > 0:
-            raise StropError(f"temperature must be above 0, got {temperature}: leave the seed out to be greedy")
+            raise StropError(
+                f"temperature must be above 0, got {temperature}: leave the seed out to be greedy"
+            )
         self.seed, self.pads, self.samples = seed, tuple(pads), tuple(samples)
         self.temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         length, (_, vocabulary) = input_ids.shape[1], scores.shape
         noise = [
-            keyed_gumbel(
-                vocabulary, self.seed, sample, "token", length - pad, device=scores.device
-            )
+            keyed_gumbel(vocabulary, self.seed, sample, "token", length - pad, device=scores.device)
             for pad, sample in zip(self.pads, self.samples, strict=True)
         ]
         return scores.float() / self.temperature + torch.stack(noise)

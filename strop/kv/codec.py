@@ -23,7 +23,7 @@ from strop.kv.tile_store import TileCodec
 from strop.kv.tiled import TiledKV
 
 Balance = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Scales of a tile `[..., R, C]` float32 that even out its deviations: rows `[..., R]`, columns `[..., C]`."""
+"""From a tile `[..., R, C]` float32 to scales that even out its deviations: `[..., R]` and `[..., C]`."""
 
 FP16_MAX = torch.finfo(torch.float16).max
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
@@ -47,7 +47,7 @@ class Half:
 
 
 class Eighth(Half):
-    """Positive scales in FP8 E4M3 under one fp32 factor a tile: the paper's accounting of 2.25 bits an element.
+    """Positive scales in FP8 E4M3 under one fp32 factor a tile: the paper's 2.25 bits an element.
 
     A scale too small for its tile becomes the smallest there is, lest its row or column vanish.
     """

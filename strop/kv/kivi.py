@@ -1,7 +1,7 @@
 """KIVI: round keys per channel and values per token, without rotation or balancing.
 
-The common ancestor of tile codecs and KVarN's first baseline (arXiv 2402.02750). Here on the same storage
-as KVarN, with the same sinks and tail, so that the two differ in the codec alone; the original keeps no sinks.
+The common ancestor of tile codecs and KVarN's first baseline (arXiv 2402.02750). Here on the same storage as
+KVarN, with the same sinks and tail, so that the two differ in the codec alone; the original keeps no sinks.
 """
 
 from dataclasses import dataclass

@@ -67,7 +67,7 @@ def imbalance(tile: Tensor) -> Tensor:
 
 
 def least(std: Tensor) -> Tensor:
-    """The smallest of deviations `[..., n]`, zero tokens and constant channels left out; 1 if none is left."""
+    """The smallest of deviations `[..., n]`, zero tokens and constant channels left out; 1 if none is."""
     counts = std > 1e-6 * std.amax(-1, keepdim=True)
     smallest = torch.where(counts, std, torch.inf).amin(-1)
     return torch.where(smallest.isfinite(), smallest, 1.0)

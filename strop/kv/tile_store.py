@@ -60,12 +60,10 @@ class Places(NamedTuple):
 class TileStore:
     """Keys and values of one layer.
 
-    `keys`, `values` `[B, H_kv, n, D]`: every row's sinks (none before the first tile is packed), then the tail,
-    columns `base` and on. `records` `[tiles, H_kv, bytes]`, found through `table` `[B, m]` (-1: none). `table`,
-    `first` (column of the first real token) and `sunk` (sinks in place), `[B]`, live on the host.
+    `keys`, `values` `[B, H_kv, n, D]`: every row's sinks (none before the first tile is packed), then the
+    tail, columns `base` and on. `records` `[tiles, H_kv, bytes]`, found through `table` `[B, m]` (-1: none).
+    `table`, `first` (column of the first real token) and `sunk` (sinks in place), `[B]`, live on the host.
     """
-
-    TENSORS = ("keys", "values", "records", "table", "first", "sunk")
 
     def __init__(self, codec: TileCodec, sinks: int, tail: int, keys: Tensor, values: Tensor) -> None:
         """An empty store for tokens like `keys` and `values`; `sinks` and `tail` as in `TiledKV`."""
@@ -74,7 +72,8 @@ class TileStore:
         self.keys, self.values = keys[:, :, :0], values[:, :, :0]
         self.records = keys.new_empty(0, heads, codec.record_bytes(dim), dtype=torch.uint8)
         self.table = torch.full((batch, 0), -1)
-        self.first = self.sunk = torch.zeros(batch, dtype=torch.long)
+        self.first = torch.zeros(batch, dtype=torch.long)
+        self.sunk = torch.zeros(batch, dtype=torch.long)
         self.base = self.sink_slots = 0
         self._note()
 
@@ -132,7 +131,8 @@ class TileStore:
             decoded = self.codec.decode(self.records_from(start), self.keys.shape[-1])
             kept.append(tuple(x.transpose(1, 2).flatten(2, 3).to(self.keys.dtype) for x in decoded))
         columns, own = (torch.cat(parts, dim=1) for parts in zip(*places, strict=True))
-        return tuple(self._in_columns(torch.cat(held, dim=2), columns, own) for held in zip(*kept, strict=True))
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(*kept, strict=True))
+        return self._in_columns(keys, columns, own), self._in_columns(values, columns, own)
 
     def _in_columns(self, held: Tensor, columns: Tensor, own: Tensor) -> Tensor:
         batch, heads, _, dim = held.shape
@@ -143,7 +143,9 @@ class TileStore:
 
     def check(self) -> None:
         """Assert the invariants: every real token is held once, and every record is used."""
+        _, heads, _, dim = self.keys.shape
         assert self.base <= self.end and self.keys.shape == self.values.shape
+        assert self.records.shape[1:] == (heads, self.codec.record_bytes(dim))
         assert (self.tail_start >= self.base).all(), "a token is in no region"
         assert ((self.sunk == 0) | (self.sunk == self.sink_slots)).all()
         held = self.table >= 0
@@ -223,13 +225,14 @@ class TileStore:
 
     def state(self) -> dict[str, Tensor]:
         """All that `restore` needs, by name."""
-        tensors = {name: getattr(self, name) for name in self.TENSORS}
-        return {**tensors, "base": torch.tensor(self.base), "sink_slots": torch.tensor(self.sink_slots)}
+        names = ("keys", "values", "records", "table", "first", "sunk")
+        numbers = {"base": torch.tensor(self.base), "sink_slots": torch.tensor(self.sink_slots)}
+        return {name: getattr(self, name) for name in names} | numbers
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Hold what another store's `state` says."""
-        for name in self.TENSORS:
-            setattr(self, name, state[name])
+        self.keys, self.values, self.records = (state[name] for name in ("keys", "values", "records"))
+        self.table, self.first, self.sunk = (state[name].cpu() for name in ("table", "first", "sunk"))
         self.base, self.sink_slots = int(state["base"]), int(state["sink_slots"])
         self._note()
 

@@ -1,8 +1,8 @@
 """Methods that code tokens in tiles: their fields, and attention over sinks, tiles and tail.
 
-The first real tokens of a row and the newest ones stay in the model's dtype, the rest is packed `group` tokens
-a tile (`TileStore`). What the last forward pass appended, up to `max_rollback` tokens, is never packed, so
-speculation can take it back.
+The first real tokens of a row and the newest ones stay in the model's dtype, the rest is packed, `group`
+tokens a tile (`TileStore`). What the last forward pass appended, up to `max_rollback` tokens, is never
+packed, so speculation can take it back.
 
 Not covered: right padding (pad on the left, as generation does). Without `attach` no layer sees the padding
 mask: pads are then stored like tokens, and take part in the tiles they fall into.
@@ -10,6 +10,7 @@ mask: pads are then stored like tokens, and take part in the tiles they fall int
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class TiledKV(KVMethod):
     def new_cache(self, config: PretrainedConfig) -> KVCache:
         codec = self.codec()
         codec.check_dim(KVShape.of(config).dim)
-        return KVCache(config, lambda decoder: TiledLayer(decoder, self, codec))
+        return KVCache(config, self, lambda decoder: TiledLayer(decoder, self, codec))
 
     def kv_bytes(self, shape: KVShape, tokens: int) -> int:
         waiting = max(tokens - self.sinks, 0)
@@ -87,6 +88,12 @@ class TiledLayer(AttendingLayer):
         self.revocable = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        of_keys, of_values = key_states.shape[-1], value_states.shape[-1]
+        if of_keys != of_values:
+            raise StropError(
+                f"this model's keys have size {of_keys} and its values {of_values}, which no kv method here "
+                "can code: leave the kv slot empty"
+            )
         self.store = TileStore(self.codec, self.method.sinks, self.method.tail, key_states, value_states)
         self.is_initialized = True
 
@@ -99,6 +106,11 @@ class TiledLayer(AttendingLayer):
             self.store.check()
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        if keys.dtype != self.store.keys.dtype:
+            raise StropError(
+                f"this cache holds {self.store.keys.dtype} and the model computes in {keys.dtype}: "
+                "start from a new cache"
+            )
         self.store.append(keys, values)
         self.revocable = min(keys.shape[2] - 1, self.method.max_rollback)
 
@@ -169,9 +181,10 @@ class TiledLayer(AttendingLayer):
     def _attend_tiles(
         self, rows: Tensor, start: int, visible: Tensor | None, scaling: float, softcap: float | None
     ) -> Partial:
-        records, dim = self.store.records_from(start), rows.shape[-1]
+        records = self.store.records_from(start)
         scores = cap(self.codec.scores(rows, records) * scaling, softcap)
-        return partial_attention(scores, visible, lambda weights: self.codec.accumulate(weights, records, dim))
+        weigh = partial(self.codec.accumulate, records=records, dim=rows.shape[-1])
+        return partial_attention(scores, visible, weigh)
 
     def _find_padding(self, mask: Tensor | None) -> None:
         """Find where rows start that held no real token so far; the newest query sees all of its row."""

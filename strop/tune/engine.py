@@ -7,6 +7,7 @@ rows go to SQLite as soon as they are complete, keyed by everything that a numbe
 import itertools
 import math
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.core.errors import StropError
-from strop.core.files import did_you_mean, digest
+from strop.core.files import did_you_mean, digest, require_folder
 from strop.core.machine import code_version, cpu_name, gpu_name, machine
 from strop.core.method import Method
 from strop.core.store import ResultStore
@@ -25,6 +26,7 @@ from strop.tune.frontier import OBJECTIVES, Row, judge
 from strop.tune.measure import Bench, Report, describe
 from strop.tune.report import write_report
 from strop.tune.workload import Workload, build
+from strop.weights.export import export
 
 SURVIVORS = 2
 """Candidates of a slot that go on to compositions."""
@@ -81,24 +83,38 @@ def tune(
     StropError for a user's mistake, before anything is written.
     """
     report("loading", 0.0)
-    data = read_data(data_file) if data_file else bundled(source)
-    base = load(source, settings.dtype, settings.device).with_(
-        **dict.fromkeys(("prune", "weights", "kv", "reuse", "decode", "rollout"))
-    )
+    model = load(source, settings.dtype, settings.device)
+    base = model.with_(model=_absolute(str(model.recipe.model)), **dict.fromkeys(model.recipe.methods()))
+    data = read_data(data_file) if data_file else bundled(str(base.recipe.model))
     work = build(base, data, settings.context, settings.batch, settings.seed)
-    _require_folder(out)
+    require_folder(out)
     study = Study(base, data, work, out, settings, resume, report)
     rows = study.run()
     chosen = judge(rows, settings.objective, settings.max_drop)
     recipe = Recipe.from_dict(chosen["recipe"])
     recipe.save(out / "recipe.yaml")
     result = study.describe(rows, chosen["label"], recipe, _command(source, data_file, out, settings))
-    result["commands"] = [
-        f"strop generate {shlex.quote(str(out / 'recipe.yaml'))} --prompt 'def '",
-        f"strop measure {shlex.quote(str(out / 'recipe.yaml'))}",
-    ]
+    place = shlex.quote(str(out / "recipe.yaml"))
+    result["commands"] = [f"strop generate {place} --prompt 'def '", f"strop measure {place}"]
+    if recipe.weights is not None:
+        _export(base.with_(weights=recipe.weights), out / "checkpoint", result)
     write_report(result, out / "report.html")
     return result
+
+
+def _absolute(name: str) -> str:
+    """A model's name that holds from any working folder."""
+    return name if name.startswith("zoo:") else str(Path(name).resolve())
+
+
+def _export(model: Model, folder: Path, result: dict[str, Any]) -> None:
+    """Write the chosen weights as a compressed-tensors folder, and tell the study how to serve it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        export(model.model, model.tokenizer, folder)
+        result["commands"].append(f"vllm serve {shlex.quote(str(folder))}  # the weights slot alone")
+    except StropError as error:
+        result["not_measured"].append({"what": "a checkpoint of the chosen weights", "why": str(error)})
 
 
 def measure(
@@ -267,11 +283,6 @@ class Study:
             }
         if self.settings.device == "cpu":
             yield {"what": "speed on a GPU", "why": "the study ran on a CPU; ratios differ between machines"}
-
-
-def _require_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise StropError(f"--out {out} is a file: name a folder")
 
 
 def _command(source: str, data_file: Path | None, out: Path, settings: Settings) -> str:
