@@ -60,7 +60,8 @@ def demo(study: dict[str, Any]) -> str:
         "KV bits",
         "step-time ratio",
     ]
-    where = f"`{study['settings']['command']}`, context {study['settings']['context']}, {study['model']['dtype']}."
+    settings = study["settings"]
+    where = f"`{settings['command']}`, context {settings['context']}, {study['model']['dtype']}."
     return f"{table(head, rows)}\n\n{where} {measured_on(study['machine'])}"
 
 

@@ -1,6 +1,6 @@
 """KVarN on a bare transformers model: no strop.Model around it, ordinary `generate`.
 
-    python examples/kvarn_on_transformers.py [CHECKPOINT_FOLDER]
+python examples/kvarn_on_transformers.py [CHECKPOINT_FOLDER]
 """
 
 import sys

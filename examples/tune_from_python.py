@@ -1,6 +1,6 @@
 """The main job from Python: measure a few methods on your own text and run the recipe that comes back.
 
-    python examples/tune_from_python.py
+python examples/tune_from_python.py
 """
 
 from pathlib import Path
@@ -21,7 +21,8 @@ study = tune("zoo:coder", text, out, settings, report=lambda what, share: print(
 for row in study["rows"]:
     if row["status"] == "measured":
         drop, memory = row["quality"]["drop_hi"], row["memory"]["ratio"]
-        print(f"{row['label']:>20}: memory {memory:.2f}, drop at most {drop:.2%}{' <- chosen' * row['chosen']}")
+        mark = " <- chosen" if row["chosen"] else ""
+        print(f"{row['label']:>20}: memory {memory:.2f}, drop at most {drop:.2%}{mark}")
 
 lm = strop.load(out / "recipe.yaml")
 print(lm.generate(["def main():\n"], max_new_tokens=24))

@@ -84,7 +84,7 @@ class Recipe:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as its file says it; fields at their defaults are left out."""
+        """The recipe as its file says it, every field spelled out."""
         head: dict[str, Any] = {"strop": VERSION}
         if self.model is not None:
             head["model"] = self.model
@@ -160,7 +160,7 @@ def parse_method(slot: str, text: str) -> Any:
 def _node(slot: str, method: Method) -> dict[str, Any]:
     fields = {
         name: _node(slot, value) if isinstance(value, Method) else value
-        for name, value in method.changed().items()
+        for name, value in method.fields().items()
     }
     return {method_name(slot, method): fields}
 

@@ -91,9 +91,7 @@ class TestEveryMember:
         assert not torch.equal(logits(build(architecture, dtype)), logits(packed))
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
         exact = architecture != "gpt2"  # a Conv1D multiplies by addmm and not by F.linear
-        torch.testing.assert_close(
-            logits(packed), logits(model), rtol=0, atol=0 if exact else tolerance
-        )
+        torch.testing.assert_close(logits(packed), logits(model), rtol=0, atol=0 if exact else tolerance)
 
     def test_memory_is_codes_and_scales(self, method, architecture, dtype):
         model = build(architecture, dtype)
@@ -178,9 +176,7 @@ def test_export_reloads_in_plain_transformers(method, architecture, dtype, token
     expected = logits(packed)
     folder = export(packed, tokenizer, tmp_path / "new" / "model")
 
-    reloaded, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True
-    )
+    reloaded, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not any(info.values())
     assert reloaded.dtype == dtype
     assert torch.equal(logits(reloaded.eval()), expected)

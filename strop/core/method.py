@@ -7,11 +7,15 @@ from typing import Any
 class Method:
     """Base of all families' methods. Subclasses are frozen dataclasses with the paper's fields."""
 
+    def fields(self) -> dict[str, Any]:
+        """All fields with their values."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        return {field.name: getattr(self, field.name) for field in fields}
+
     def changed(self) -> dict[str, Any]:
         """The fields that differ from their defaults."""
-        fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        values = {field.name: getattr(self, field.name) for field in fields}
-        return {f.name: values[f.name] for f in fields if values[f.name] != f.default}
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in self.fields().items() if value != defaults[name]}
 
     def settings(self) -> str:
         """The settings for people: every changed field."""

@@ -79,9 +79,7 @@ def quantization_config(model: PreTrainedModel) -> QuantizationConfig:
     )
     form = CompressionFormat.pack_quantized.value
     return QuantizationConfig(
-        config_groups={
-            "group_0": QuantizationScheme(targets=["Linear"], weights=weights, format=form)
-        },
+        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights, format=form)},
         format=form,
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=[name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
