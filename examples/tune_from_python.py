@@ -13,7 +13,7 @@ from strop.tune.engine import Settings, tune
 out = Path("runs/example")
 out.mkdir(parents=True, exist_ok=True)
 text = out / "mine.txt"
-text.write_text("\n".join(held_out_text()[:2])[:20_000])
+text.write_text("\n".join(held_out_text()[:2])[:8_000])
 
 settings = Settings(methods=("kvarn",), context=640, objective="memory", max_drop=0.02)
 study = tune("zoo:coder", text, out, settings, report=lambda what, share: print(f"{share:4.0%} {what}"))

@@ -256,7 +256,7 @@ def test_bytes_of_real_caches_follow_the_formula(lm):
 
 
 def marks(value: float, **names) -> dict:
-    return {"study": "accuracy", "exact_match": [value] * 5, **names}
+    return {"study": "accuracy", "exact_match": [value] * 5, "repeated": [value] * 5, **names}
 
 
 @pytest.mark.parametrize(

@@ -63,10 +63,10 @@ class Scale:
     each: int = 6
     """Problems a set."""
     facts: int = 28
-    look_ups: int = 12
+    look_ups: int = 16
     served: int = 2
     """Problems that are also solved one by one through the packed cache."""
-    steps: int = 200
+    steps: int = 300
     """Training steps of a twin."""
     sinks: tuple[int, ...] = SINKS
     main_sinks: int = 4
@@ -128,7 +128,7 @@ def lay(scale: Scale, progress: Progress) -> Bed:
     progress("reading the training text")
     text, twins = train_bytes(), []
     for name, sigma in ((PLAIN, 0.0), (PLANTED, SIGMA)):
-        twin = Twin(sigma=sigma, steps=scale.steps)
+        twin = Twin(sigma=sigma, steps=scale.steps, context=scale.tokens)
         model = trained(twin, text, cache_folder(), _announcer(progress, name))
         twins.append(Subject(name, model.to(scale.device), held_out))
     return Bed(Subject(CODER, coder.model, tokens), *twins, reasoner)

@@ -80,7 +80,7 @@ def _tile_rows(head: Row, part: str, tiles: Sequence[torch.Tensor], group: int) 
 def accumulation_study(subject: Subject, points: Sequence[tuple[int, int, int]], step: Step) -> list[Row]:
     """KL and rise of loss at points of (bits, group, sinks); at 2 bits both accumulated and static."""
     subject.check_identity(Uncoded(sinks=points[0][2], group=points[0][1]))
-    rows = []
+    rows = [{"study": "accumulation", "model": subject.name, "method": "none", "loss": subject.loss.tolist()}]
     for bits, group, sinks in points:
         for name, kind in CODECS.items():
             method = kind(bits=bits, group=group, sinks=sinks)

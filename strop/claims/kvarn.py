@@ -109,6 +109,7 @@ def planted(scale: Scale, table: Table) -> Claim:
     held = max(found, key=lambda sinks: found[sinks][0])
     highs = [high for _, (_, high) in found.values()]
     means = {model: listed(_means(_kl(scale, table, model, held)), "{:.4f}") for model in (PLANTED, PLAIN)}
+    loss = {model: np.mean(table.pick("loss", model=model, method="none")) for model in (PLANTED, PLAIN)}
     return table.claim(
         table.where(model=(PLANTED, PLAIN), bits=2),
         paper="kvarn",
@@ -122,8 +123,8 @@ def planted(scale: Scale, table: Table) -> Claim:
         seeds=scale.texts,
         varied=TEXTS,
         verdict=graded([high <= TENTH for high in highs], [high < 1 for high in highs]),
-        reason="a byte model trained with log-normal token scales (sigma 0.7) planted into its keys; the "
-        "plain twin is trained alike, without them",
+        reason="a byte model trained with log-normal token scales (sigma 0.7) planted into its keys; its twin "
+        f"without them; undamaged loss {loss[PLANTED]:.2f} and {loss[PLAIN]:.2f} nats a byte",
     )
 
 

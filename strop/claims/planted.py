@@ -39,7 +39,7 @@ class Twin:
     """Head size; hidden size is `heads * dim`."""
     context: int = 1024
     """Bytes a row in the last quarter of the training; a quarter of it before."""
-    steps: int = 200
+    steps: int = 300
     step_bytes: int = 4096
     lr: float = 3e-3
     seed: int = 0
