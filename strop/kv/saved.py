@@ -100,8 +100,10 @@ def _state(layer: CacheLayerMixin) -> dict[str, Tensor]:
 def _restore(layer: CacheLayerMixin, state: dict[str, Tensor], seen: int) -> None:
     if isinstance(layer, AttendingLayer):
         layer.restore(state)
-        assert layer.seen == seen, f"a layer holds {layer.seen} tokens of {seen}"
+        if layer.seen != seen:
+            raise ValueError(f"a layer holds {layer.seen} tokens of {seen}")
         return
     layer.lazy_initialization(state["keys"], state["values"])
     layer.keys, layer.values, layer.cumulative_length = state["keys"], state["values"], seen
-    assert layer.keys.shape[2] == min(seen, layer.sliding_window - 1), "a window is not full"
+    if layer.keys.shape[2] != min(seen, layer.sliding_window - 1):
+        raise ValueError("a window is not full")
