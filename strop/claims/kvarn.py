@@ -123,8 +123,8 @@ def planted(scale: Scale, table: Table) -> Claim:
         seeds=scale.texts,
         varied=TEXTS,
         verdict=graded([high <= TENTH for high in highs], [high < 1 for high in highs]),
-        reason="a byte model trained with log-normal token scales (sigma 0.7) planted into its keys; its twin "
-        f"without them; undamaged loss {loss[PLANTED]:.2f} and {loss[PLAIN]:.2f} nats a byte",
+        reason="a byte model trained with log-normal token scales (sigma 0.7) planted into its keys; its "
+        f"twin without them; undamaged loss {loss[PLANTED]:.2f} and {loss[PLAIN]:.2f} nats a byte",
     )
 
 
