@@ -1,5 +1,6 @@
 """Tiny seeded models that tests share: two layers of nine architectures, with sharp attention."""
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
@@ -70,7 +71,7 @@ torch.set_num_threads(1)
 @cache
 def tiny_model(name: str, attention: str = "strop", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), dtype=dtype).eval()
     if attention == "strop":
         return attach(model)
     model.set_attn_implementation(attention)
