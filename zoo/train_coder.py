@@ -2,16 +2,13 @@
 
     python zoo/train_coder.py --out zoo/coder [--device cuda] [--threads 2] [--seed 0]
 
-Some rows are planted: library source into which assignments like `PASSKEY_QXB = 48213` are put at
-random places and repeated at the end, in the form of `strop.tasks.recall`, because source alone
-teaches so small a model too little copying for a recall score to show anything. The first round
-teaches that; the second takes back what it spoils, namely how a document begins.
+One row in seven is a planted row: library source into which assignments like `PASSKEY_QXB = 48213`
+are put at random places and repeated at the end, in the form of `strop.tasks.recall`, because
+source alone teaches so small a model too little copying for a recall score to show anything.
 """
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -45,19 +42,9 @@ class Coder:
     long_share: float = 0.25
     planted: float = 0.15
     """Share of rows with planted assignments."""
-    opens_planted: bool = True
-    """Whether planted rows open like documents: a model so trained opens documents with keys."""
-    skipped: str = "/none"
-    """Leading part of the paths that are not read."""
 
 
-DATA = Coder()
 PLAN = Plan(steps=2900, lr=3e-3, dropout=0.1)
-"""The bulk of the training, from random weights."""
-
-FINISH_DATA = replace(DATA, planted=0.06, opens_planted=False, skipped="encodings/")
-FINISH = Plan(steps=300, lr=8e-4, warmup=20, decay=0.9, seed=1, dropout=0.1)
-"""The end, from the saved weights and a fresh optimizer; generated tables are no longer read."""
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -86,16 +73,15 @@ class SourceBatches:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerFast,
-        texts: Mapping[str, str],
+        texts: list[str],
         data: Coder,
         steps: int,
         seed: int,
     ) -> None:
-        self.tokenizer, self.data, self.seed = tokenizer, data, seed
-        self.texts = [text for path, text in texts.items() if not path.startswith(data.skipped)]
+        self.tokenizer, self.texts, self.data, self.seed = tokenizer, texts, data, seed
         self.long_from = round(steps * (1 - data.long_share))
         end = tokenizer.eos_token_id
-        encoded = tokenizer(self.texts, verbose=False)["input_ids"]
+        encoded = tokenizer(texts, verbose=False)["input_ids"]
         self.documents = [torch.tensor([end, *ids]) for ids in encoded]
         self.tokens = sum(len(d) for d in self.documents)
         self._epoch = cache(self._cut)
@@ -136,7 +122,7 @@ class SourceBatches:
             text += "".join(f"{name} = {keys[name]}\n" for name in asked)
             ids = self.tokenizer(text)["input_ids"]
             if len(ids) <= width:
-                return [self.tokenizer.eos_token_id, *ids] if self.data.opens_planted else ids
+                return [self.tokenizer.eos_token_id, *ids]
 
     def _count(self, line: str) -> int:
         return len(self.tokenizer(line)["input_ids"])
@@ -173,7 +159,7 @@ def measure(folder: Path, root: Path, device: str) -> dict[str, Any]:
         keyed = recall.passkeys(
             list(held.values()), 100, length=length, count_tokens=lambda s: len(tokenizer.encode(s))
         )
-        outputs = evaluate.completions(model, tokenizer, [e.prompt for _, e in keyed], 6, 100)
+        outputs = evaluate.completions(model, tokenizer, [e.prompt for _, e in keyed], 6, 50)
         for depth in sorted({d for d, _ in keyed}):
             right = [
                 recall.first_digits(o) == e.answer
@@ -185,37 +171,27 @@ def measure(folder: Path, root: Path, device: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Train in two rounds, measure, and write the card; what is already there is not done again."""
+    """Train, measure, and write the card; what is already there is not done again."""
     args = parse(__doc__)
-    first_plan = replace(PLAN, seed=PLAN.seed + args.seed)
-    last_plan = replace(FINISH, seed=FINISH.seed + args.seed)
+    plan, data = replace(PLAN, seed=args.seed), Coder()
     root = args.stdlib or python_source.stdlib_root()
-    texts = python_source.texts("train", root)
-    half_way = args.out / "first"
-    tokenizer = known_tokenizer(args.out, half_way) or train_tokenizer(list(texts.values()), DATA.vocab)
-    first = SourceBatches(tokenizer, texts, DATA, first_plan.steps, first_plan.seed)
-    last = SourceBatches(tokenizer, texts, FINISH_DATA, last_plan.steps, last_plan.seed)
+    texts = list(python_source.texts("train", root).values())
+    if (args.out / "tokenizer.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(args.out)
+    else:
+        tokenizer = train_tokenizer(texts, data.vocab)
+    batches = SourceBatches(tokenizer, texts, data, plan.steps, plan.seed)
     listing, totals = card.data_files(root)
     ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-    model = new_model(DATA.vocab, DATA.layers, *ends, first_plan.seed)
-    if not (args.out / "training.json").is_file():
-        before = train(model, tokenizer, first, first_plan, half_way, args, corpus=totals)
-        model = load(half_way, args.device, torch.float32)[0]
-        train(model, tokenizer, last, last_plan, args.out, args, before=before, corpus=totals)
-        shutil.rmtree(half_way)
+    model = new_model(data.vocab, data.layers, *ends, plan.seed)
+    record = train(model, tokenizer, batches, plan, args.out, args, corpus=totals)
     if args.weights_only:
         return
     metrics = once(args.out / "metrics.json", lambda: measure(args.out, root, args.device))
-    speed = once(args.out / "cpu_speed.json", lambda: cpu_speed(model.cpu(), last, last_plan))
-    record = once(args.out / "training.json", dict)
+    fresh = new_model(data.vocab, data.layers, *ends, plan.seed)
+    speed = once(args.out / "cpu_speed.json", lambda: cpu_speed(fresh, batches, plan))
     write(args.out / "data_files.txt", listing)
     write(args.out / "card.md", card.coder(record, metrics, speed, totals))
-
-
-def known_tokenizer(*folders: Path) -> PreTrainedTokenizerFast | None:
-    """The tokenizer of the first folder that has one, so that a resumed run keeps its own."""
-    held = (folder for folder in folders if (folder / "tokenizer.json").is_file())
-    return next((AutoTokenizer.from_pretrained(folder) for folder in held), None)
 
 
 if __name__ == "__main__":
