@@ -11,21 +11,27 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from strop.audit.base import LanguageModel, bootstrap
+from strop.core.cache import commit
 
 BLOCK = 64
 """Tokens per step of pseudo-decode."""
 
 
 @torch.no_grad()
-def pseudo_decode(lm: LanguageModel, ids: Sequence[int], block: int = BLOCK) -> Iterator[Tensor]:
-    """Logits `[b, V]` float32 of one text, block after block, through the recipe's cache."""
-    cache = lm.new_cache()
-    tokens = torch.tensor([list(ids)], device=lm.device)
-    for start in range(0, len(ids), block):
-        out = lm.model(tokens[:, start : start + block], past_key_values=cache, use_cache=True)
-        yield out.logits[0].float()
+def pseudo_decode(
+    model: PreTrainedModel, tokens: Tensor, cache: Cache, block: int = BLOCK
+) -> Iterator[Tensor]:
+    """Logits `[B, b, V]` float32 of texts `[B, T]`, block after block, through a cache.
+
+    A block is committed before the next is read: nothing is held back for speculation, as in plain decoding.
+    """
+    for part in tokens.split(block, dim=1):
+        yield model(part, past_key_values=cache, use_cache=True).logits.float()
+        commit(cache)
 
 
 @dataclass(frozen=True)
@@ -44,11 +50,13 @@ def token_losses(
     base: LanguageModel, other: LanguageModel, ids: Sequence[int], block: int = BLOCK
 ) -> TokenLosses:
     """Read one text with both models in step."""
+    tokens = torch.tensor([list(ids)], device=base.device)
     targets = torch.tensor([*ids[1:], 0], device=base.device)
     columns: list[list[Tensor]] = [[], [], []]
     start = 0
-    for ours, theirs in zip(pseudo_decode(base, ids, block), pseudo_decode(other, ids, block), strict=True):
-        p, q = ours.log_softmax(-1), theirs.log_softmax(-1)
+    readings = [pseudo_decode(lm.model, tokens, lm.new_cache(), block) for lm in (base, other)]
+    for ours, theirs in zip(*readings, strict=True):
+        p, q = ours[0].log_softmax(-1), theirs[0].log_softmax(-1)
         index = targets[start : start + len(p), None]
         start += len(p)
         kl = (p.exp() * (p - q)).sum(-1).clamp(min=0)
@@ -129,15 +137,24 @@ def agreement(base: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> 
 
 def exact_match_loss(
     base: Sequence[bool], other: Sequence[bool], seed: int = 0
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float] | None:
     """Relative loss of exact match against the baseline's, with its 95 % interval over problems.
 
-    0.01 is one percent of the problems that the baseline solves; negative when the recipe solves more.
+    0.01 is one percent of the problems that the baseline solves; negative when the recipe solves more; None
+    when the baseline solves none. The upper end is never below `exact_match_floor`.
     """
+    if not any(base):
+        return None
     units = np.array([base, other], dtype=float).T
 
     def loss(sample: np.ndarray) -> np.ndarray:
         means = sample.mean(1)
-        return (means[:, 0] - means[:, 1]) / np.maximum(means[:, 0], 1e-9)
+        return (means[:, 0] - means[:, 1]) / np.maximum(means[:, 0], 1 / len(units))
 
-    return bootstrap(units, loss, seed)
+    estimate, low, high = bootstrap(units, loss, seed)
+    return estimate, low, max(high, exact_match_floor(base))
+
+
+def exact_match_floor(base: Sequence[bool]) -> float:
+    """The loss that as many problems as the baseline solves miss altogether with a probability of 2.5 %."""
+    return 1 - 0.025 ** (1 / sum(base))

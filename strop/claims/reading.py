@@ -9,7 +9,7 @@ an identity codec changes no bit, and a text costs what a dense cache costs. Whi
 the rule of `strop.kv.tiled`, for rows of equal length. Not covered: padding, sliding windows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from strop.audit.quality import BLOCK
+from strop.audit.quality import pseudo_decode
 from strop.core.errors import StropError
 from strop.kv.base import KVMethod
 from strop.kv.tiled import TiledKV
@@ -54,6 +54,10 @@ class CodedLayer(DynamicLayer):
         self.values[:, :, begin : self.seen] = value_states
         return self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
 
+    def commit(self) -> None:
+        """Nothing of the last forward pass will be taken back."""
+        self.revocable = 0
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self.is_initialized = True
@@ -71,7 +75,7 @@ class CodedLayer(DynamicLayer):
     def _settle(self) -> None:
         """Code every tile that is full and lies behind the tail and what may be taken back."""
         group, sinks = self.method.group, self.method.sinks
-        tiles = max((self.seen - self.revocable - sinks - self.method.tail) // group + 1, 0)
+        tiles = self.method.tiles(self.seen - self.revocable)
         if tiles <= self.tiles:
             return
         span = slice(sinks + self.tiles * group, sinks + tiles * group)
@@ -91,13 +95,6 @@ def coded_cache(model: PreTrainedModel, method: TiledKV, source: Cache | None = 
     if source is not None:
         sources = [(layer.keys, layer.values) for layer in source.layers]
     return Cache(layers=[CodedLayer(method, held) for held in sources])
-
-
-@torch.no_grad()
-def pseudo_decode(model: PreTrainedModel, tokens: Tensor, cache: Cache) -> Iterator[Tensor]:
-    """Logits `[B, b, V]` float32 of texts `[B, T]`, block after block, through a cache."""
-    for part in tokens.split(BLOCK, dim=1):
-        yield model(part, past_key_values=cache, use_cache=True).logits.float()
 
 
 @dataclass(frozen=True)

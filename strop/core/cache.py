@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -72,9 +72,13 @@ class AttendingLayer(CacheLayerMixin):
     def settle(self) -> None:
         """Compact what no later step will need as it is; called on the plain path before an append."""
 
+    def commit(self) -> None:
+        """Compact as if nothing of the last forward pass could be taken back any more."""
+        self.settle()
+
     @abstractmethod
     def check(self) -> None:
-        """Assert the invariants of what is held."""
+        """Raise ValueError unless the invariants of what is held are kept."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -137,13 +141,23 @@ class KVCache(DynamicCache):
         return [layer for layer in self.layers if isinstance(layer, AttendingLayer)]
 
     def check(self) -> None:
-        """Assert the invariants of every layer that strop holds."""
+        """Raise ValueError unless every layer that strop holds keeps its invariants."""
         for layer in self.attending:
             layer.check()
 
     def bytes(self) -> int:
         """Bytes of every tensor in the cache, stock layers included."""
         return tensor_bytes(self.layers)
+
+
+def commit(cache: Cache) -> None:
+    """Promise a cache that nothing of the last forward pass will be taken back.
+
+    A layer may hold back what speculation could still reject; one that does has a `commit`.
+    """
+    for layer in cache.layers:
+        if hasattr(layer, "commit"):
+            layer.commit()
 
 
 def tensor_bytes(holder: Any) -> int:

@@ -65,9 +65,12 @@ class TiledKV(KVMethod):
         codec.check_dim(KVShape.of(config).dim)
         return KVCache(config, self, lambda decoder: TiledLayer(decoder, self, codec))
 
+    def tiles(self, tokens: int) -> int:
+        """Tiles that a row of `tokens` tokens has packed once nothing can be taken back."""
+        return max((tokens - self.sinks - self.tail) // self.group + 1, 0)
+
     def kv_bytes(self, shape: KVShape, tokens: int) -> int:
-        waiting = max(tokens - self.sinks, 0)
-        tiles = max((waiting - self.tail) // self.group + 1, 0)
+        tiles = self.tiles(tokens)
         dense = (tokens - tiles * self.group) * shape.token_bytes
         packed = tiles * shape.heads * self.codec().record_bytes(shape.dim)
         return shape.layers * (dense + packed) + shape.window_bytes(tokens)
@@ -118,6 +121,11 @@ class TiledLayer(AttendingLayer):
         """Pack every tile that is due: full, and behind what the last forward pass may take back."""
         self.store.pack(self.seen - self.revocable)
 
+    def commit(self) -> None:
+        self.revocable = 0
+        if self.store is not None:
+            self.settle()
+
     def dense(self) -> tuple[Tensor, Tensor]:
         return self.store.dense()
 
@@ -128,6 +136,8 @@ class TiledLayer(AttendingLayer):
         self.lazy_initialization(state["keys"], state["values"])
         self.store.restore(state)
         self.revocable = int(state["revocable"])
+        if not 0 <= self.revocable <= self.method.max_rollback:
+            raise ValueError(f"{self.revocable} tokens cannot be taken back")
 
     # Attention.
 
