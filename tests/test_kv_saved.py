@@ -134,9 +134,19 @@ def test_refuses_what_is_not_a_whole_cache(saved, tmp_path):
         lambda t: t.update({"0.table": t["0.table"][:, :-1]}),
         lambda t: t.update({"0.keys": t["0.keys"][:, :, 1:]}),
         lambda t: t.update({"1.records": t["1.records"][..., 8:]}),
+        lambda t: t.update({"1.records": t["1.records"].float()}),
+        lambda t: t["0.table"].fill_(99),
+        lambda t: t["0.table"].fill_(-7),
+        lambda t: t.update({"0.table": t["0.table"].repeat(1, 2)}),
+        lambda t: t["0.first"].add_(1000),
+        lambda t: t["0.first"].sub_(3),
+        lambda t: t["1.revocable"].fill_(10**6),
+        lambda t: t.update({"0.first": t["0.first"][None]}),
+        lambda t: t.update({f"0.{n}": t[f"0.{n}"].expand(2, -1, -1, -1) for n in ("keys", "values")}),
     ],
-    ids=["missing", "orphaned records", "lost tokens", "short records"],
-)
+    ids=["missing", "orphaned records", "lost tokens", "short records", "floats", "unknown tiles", "negative",
+         "twice", "late start", "early start", "revocable", "shape", "batch"],
+)  # fmt: skip
 def test_refuses_damage(saved, damage):
     tensors = load_file(saved)
     with safe_open(saved, "pt") as file:

@@ -58,23 +58,27 @@ def load_cache(
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             metadata = file.metadata() or {}
+            _require_match(path, metadata, _identity(method, config))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise StropError(f"cannot read a cache from {path}: {' '.join(str(error).split())}") from error
-    if metadata.get("format") != FORMAT:
-        raise StropError(f"{path} is not a {FORMAT} file: write it with strop.kv.save_cache")
-    for name, wanted in _identity(method, config).items():
-        if metadata.get(name) != wanted:
-            raise StropError(f"{path} was written for the {name} {metadata.get(name)}, and this is {wanted}")
     cache = method.new_cache(config)
     try:
         for index, layer in enumerate(cache.layers):
             mine = {name: x for name, x in tensors.items() if name.startswith(f"{index}.")}
             _restore(layer, {name.partition(".")[2]: x for name, x in mine.items()}, int(metadata["seen"]))
         cache.check()
-    except (AssertionError, KeyError, ValueError, IndexError, RuntimeError) as error:
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
         raise StropError(f"{path} is damaged ({' '.join(repr(error).split())}): write it again") from error
     return cache
+
+
+def _require_match(path: Path, metadata: dict[str, str], identity: dict[str, str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise StropError(f"{path} is not a {FORMAT} file: write it with strop.kv.save_cache")
+    for name, wanted in identity.items():
+        if metadata.get(name) != wanted:
+            raise StropError(f"{path} was written for the {name} {metadata.get(name)}, and this is {wanted}")
 
 
 def _identity(method: Method, config: PretrainedConfig) -> dict[str, str]:

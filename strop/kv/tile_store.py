@@ -142,15 +142,29 @@ class TileStore:
         return out
 
     def check(self) -> None:
-        """Assert the invariants: every real token is held once, and every record is used."""
-        _, heads, _, dim = self.keys.shape
-        assert self.base <= self.end and self.keys.shape == self.values.shape
-        assert self.records.shape[1:] == (heads, self.codec.record_bytes(dim))
-        assert (self.tail_start >= self.base).all(), "a token is in no region"
-        assert ((self.sunk == 0) | (self.sunk == self.sink_slots)).all()
+        """Raise ValueError unless every real token is held once and every record is used."""
+        batch, heads, _, dim = self.keys.shape
         held = self.table >= 0
-        assert (held[:, :-1] >= held[:, 1:]).all(), "a row's tiles have a hole"
-        assert self.table[held].unique().tolist() == list(range(len(self.records)))
+        for holds, otherwise in (
+            (self.keys.shape == self.values.shape, "keys and values differ in shape"),
+            (self.records.shape[1:] == (heads, self.codec.record_bytes(dim)), "records of another size"),
+            (self.records.dtype == torch.uint8, "records that are no bytes"),
+            (len(self.table) == batch, "a table of another batch"),
+            (self.first.shape == self.sunk.shape == (batch,), "rows without a start"),
+            (self.sink_slots in (0, self.sinks) and 0 <= self.base <= self.end, "columns out of range"),
+            ((self.first >= 0).all() and (self.first <= self.end).all(), "rows that start out of range"),
+            ((self.tail_start >= self.base).all(), "a token that is in no region"),
+            ((self.packed == 0).logical_or(self.tail_start <= self.end).all(), "more tiles than tokens"),
+            (((self.sunk == 0) | (self.sunk == self.sink_slots)).all(), "half of the sinks"),
+            ((held[:, :-1] >= held[:, 1:]).all() and (self.table >= -1).all(), "a hole among a row's tiles"),
+            (self.table[held].unique().tolist() == list(range(len(self.records))), "records without a place"),
+            (all(len(row.unique()) == len(row) for row in self._tiles_of_rows()), "a tile twice in one row"),
+        ):
+            if not holds:
+                raise ValueError(f"this cache holds {otherwise}")
+
+    def _tiles_of_rows(self) -> list[Tensor]:
+        return [row[row >= 0] for row in self.table]
 
     # What changes it.
 
