@@ -31,6 +31,9 @@ from strop.models.zoo import zoo_path
 from strop.recipe import Recipe
 
 DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
+ITEMSIZES = {"auto": 0, "bf16": 2, "fp32": 4}
+FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""No network, and no code that a checkpoint brings along."""
 Prompt = str | Sequence[dict[str, str]]
 """Text, or chat messages to which the model's template applies."""
 
@@ -53,7 +56,7 @@ class Model:
         self.recipe = recipe
         self.checkpoint = checkpoint
         if model is None:
-            model = plain if recipe.weights is None else recipe.weights.apply(copy.deepcopy(plain))
+            model = plain if recipe.weights is None else recipe.weights.apply(_shared(plain))
         self.model = model
 
     def with_(self, **slots: Any) -> "Model":
@@ -173,17 +176,14 @@ class Model:
         if seed is not None:
             processors.append(KeyedSampler(seed, pads, samples or [0] * len(rows), temperature))
         method = self.recipe.decode
+        settings = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad} | options
         out = self.model.generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             past_key_values=self.new_cache(),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.pad,
             logits_processor=processors,
-            **(method.options() if method else {}),
-            **options,
+            **settings | (method.options() if method else {}),
         )
         return out[:, longest:].tolist()
 
@@ -202,6 +202,12 @@ class Model:
         return sum(storages.values())
 
 
+def _shared(model: PreTrainedModel) -> PreTrainedModel:
+    """The model's modules once more, around the same tensors: some can be swapped, none is held twice."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
     """Load `zoo:NAME`, a checkpoint folder, or a recipe file (`*.yaml`) with the model that it names.
 
@@ -213,21 +219,22 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
         recipe = Recipe.load(Path(source))
         if recipe.model is None:
             raise StropError(f"{source} names no model: add a line `model: PATH` or `model: zoo:NAME`")
+    recipe.check()
     name = str(recipe.model)
     path = zoo_path(name[4:]) if name.startswith("zoo:") else Path(name)
     checkpoint = inspect(path)
     _require_causal(checkpoint)
-    require_memory(checkpoint, 4 if dtype == "fp32" else 0)
+    require_memory(checkpoint, ITEMSIZES[dtype])
     if device == "cuda" and not torch.cuda.is_available():
         raise StropError("no CUDA device is visible: use --device cpu, or see `strop doctor`")
     part = "tokenizer"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **FROM_FOLDER)
         part = "model"
         plain, loaded = AutoModelForCausalLM.from_pretrained(
             path,
+            **FROM_FOLDER,
             dtype=DTYPES[dtype],
-            local_files_only=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
@@ -240,7 +247,9 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
     _require_whole(plain, loaded, path)
     plain = attach(plain.eval().to(device))
     _require_finite(plain, path)
-    return Model(plain, tokenizer, recipe, checkpoint)
+    model = Model(plain, tokenizer, recipe, checkpoint)
+    _require_runs(model)
+    return model
 
 
 def _require_causal(checkpoint: Checkpoint) -> None:
@@ -267,6 +276,18 @@ def _require_whole(model: PreTrainedModel, loaded: dict[str, Any], path: Path) -
             f"{path} lacks {len(missing)} of the weights of a {type(model).__name__}, first {missing[0]}: "
             "is it whole, and a causal language model?"
         )
+
+
+def _require_runs(model: Model) -> None:
+    """Write two tokens: not every architecture takes a cache, and not every one takes every cache."""
+    try:
+        model.generate_ids([[model.pad] * 2], 2, min_new_tokens=2)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise StropError(
+            f"{type(model.plain).__name__} does not run with the cache that strop hands it "
+            f"({' '.join(str(error).split())[:200]}): use an architecture that caches keys and values, or "
+            "leave the kv slot empty"
+        ) from error
 
 
 def _require_finite(model: PreTrainedModel, path: Path) -> None:

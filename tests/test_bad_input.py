@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_cli import TEXT, save_tiny
-from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertModel,
+    MambaConfig,
+    MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from typer.testing import CliRunner
 
 from strop.cli import app
@@ -168,7 +176,13 @@ def encoder_and_decoder(model: Path) -> None:
     T5ForConditionalGeneration(config).save_pretrained(model)
 
 
+def without_keys_and_values(model: Path) -> None:
+    """An architecture that carries a state, which no cache of keys and values serves."""
+    MambaForCausalLM(MambaConfig(vocab_size=257, hidden_size=32, num_hidden_layers=1)).save_pretrained(model)
+
+
 CHECKPOINTS = {
+    without_keys_and_values: "does not run with the cache that strop hands it",
     shutil.rmtree: "no model folder",
     no_config: "no config.json",
     config_is_no_json: "not valid JSON",
@@ -201,6 +215,22 @@ def test_a_checkpoint_that_cannot_be_right_is_refused(tiny, text, tmp_path, spoi
     assert CHECKPOINTS[spoil] in tune_refused(tiny, tmp_path / "out", "--data", text)
 
 
+def test_code_that_a_checkpoint_brings_along_is_not_run(tiny, tmp_path):
+    mark = tmp_path / "mark"
+    for name in ("modeling", "tokenization", "configuration"):
+        (tiny / f"{name}_evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
+    autos = {"AutoConfig": "configuration_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
+    change_config(tiny, auto_map=autos)
+    path = tiny / "tokenizer_config.json"
+    told = {"auto_map": {"AutoTokenizer": [None, "tokenization_evil.Evil"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    result = CliRunner().invoke(app, ["generate", str(tiny), "--prompt", "x", "--max-new-tokens", "1"])
+    assert result.exit_code == 0, result.output
+    change_config(tiny, model_type="evil", architectures=["EvilForCausalLM"])
+    assert "not a causal language model" in refused("generate", tiny, "--prompt", "x")
+    assert not mark.exists()
+
+
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
     monkeypatch.setattr("strop.model.AutoModelForCausalLM", None)
@@ -212,7 +242,7 @@ def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tiny, tmp_pat
 
 def test_an_unknown_bundled_model_is_refused(tiny, monkeypatch):
     monkeypatch.setenv("STROP_ZOO", str(tiny.parent))
-    assert "Did you mean 'model'" in refused("generate", "zoo:modle", "--prompt", "x")
+    assert "did you mean 'model'" in refused("generate", "zoo:modle", "--prompt", "x")
     monkeypatch.setenv("STROP_ZOO", str(tiny / "nowhere"))
     assert "set STROP_ZOO" in refused("generate", "zoo:coder", "--prompt", "x")
 
@@ -270,6 +300,13 @@ RECIPES = {
     "binary": ("strop: \0", "is not YAML"),
     "aliases": (ALIASES + "strop: *k\n", "aliases"),
     "depth": ("strop: 1\nkv: " + "{kvarn: " * 5_000, "is not YAML"),
+    "group": ("strop: 1\nkv: {quantized: {group: 0}}\n", "group must be at least 8"),
+    "method in a number's place": ("strop: 1\nkv: {kvarn: {tail: {kivi: {}}}}\n", "kvarn.tail must be int"),
+    "no field": ("strop: 1\ndecode: {prompt_lookup: {lossless: true}}\n", "no field 'lossless'"),
+    "depth of speculation": (
+        "strop: 1\nmodel: x\nkv: kvarn\ndecode: {prompt_lookup: {tokens: 200}}\n",
+        "can take back 64",
+    ),
     "nesting": ("strop: 1\nkv: " + "{kvarn: {bits_k: " * 20 + "1" + "}}" * 20, "bits_k"),
 }
 

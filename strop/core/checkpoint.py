@@ -6,7 +6,7 @@ Not covered: whether the numbers are finite; the loader looks at those once they
 import json
 import math
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 
 import psutil
@@ -15,8 +15,19 @@ from strop.core.errors import StropError
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
+TOLD = (
+    "config.json",
+    "generation_config.json",
+    *TOKENIZERS,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+"""Files besides weights that change what a model writes."""
+INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20
-SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -32,15 +43,12 @@ class Checkpoint:
     """Bytes of all shards."""
 
     def fingerprint(self) -> str:
-        """16 hex digits that name config, shard headers and samples of the weights."""
-        hasher = blake2b(json.dumps(self.config, sort_keys=True).encode(), digest_size=8)
-        for shard in self.shards:
-            size = shard.stat().st_size
-            with shard.open("rb") as file:
-                hasher.update(file.read(8 + int.from_bytes(file.read(8), "little"))[:HEADER_LIMIT])
-                for place in range(SAMPLES):
-                    file.seek(max(size - SAMPLE_BYTES, 0) * place // (SAMPLES - 1))
-                    hasher.update(file.read(SAMPLE_BYTES))
+        """16 hex digits that name all that decides what the model writes: weights, config, tokenizer."""
+        hasher = blake2b(digest_size=8)
+        told = (self.path / name for name in TOLD)
+        for path in (*filter(Path.is_file, told), *self.shards):
+            with path.open("rb") as file:
+                hasher.update(path.name.encode() + file_digest(file, blake2b).digest())
         return hasher.hexdigest()
 
 
@@ -53,7 +61,7 @@ def inspect(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise StropError(f"no model folder at {path}: give a checkpoint folder or zoo:NAME")
     config = _config(path)
-    shards = tuple(sorted(path.glob("*.safetensors")))
+    shards = _shards(path)
     if not shards:
         if any(next(path.glob(pattern), None) for pattern in PICKLES):
             raise StropError(
@@ -61,7 +69,6 @@ def inspect(path: Path) -> Checkpoint:
                 "save_pretrained(..., safe_serialization=True) in an environment you trust"
             )
         raise StropError(f"{path} holds no .safetensors file: is the download complete?")
-    _require_all_shards(path, shards)
     if not any((path / name).exists() for name in TOKENIZERS):
         raise StropError(
             f"{path} has no tokenizer ({', '.join(TOKENIZERS)}): copy the tokenizer files of the original "
@@ -84,17 +91,19 @@ def _config(path: Path) -> dict:
     return config
 
 
-def _require_all_shards(path: Path, shards: tuple[Path, ...]) -> None:
-    index = path / "model.safetensors.index.json"
+def _shards(path: Path) -> tuple[Path, ...]:
+    """The files that transformers will read; a folder may hold the same weights in another form as well."""
+    index, present = path / INDEX, sorted(path.glob("*.safetensors"))
     if not index.exists():
-        return
+        return tuple(shard for shard in present if shard.name == "model.safetensors") or tuple(present)
     try:
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StropError(f"{index} is not a valid shard index: restore the original file") from error
-    missing = sorted(wanted - {shard.name for shard in shards})
+    missing = sorted(wanted - {shard.name for shard in present})
     if missing:
         raise StropError(f"{path} lacks {len(missing)} shard(s), first {missing[0]}: download it again")
+    return tuple(shard for shard in present if shard.name in wanted)
 
 
 def _elements(shard: Path) -> int:
@@ -118,12 +127,15 @@ def _elements(shard: Path) -> int:
 
 
 def require_memory(checkpoint: Checkpoint, itemsize: float, available: int | None = None) -> None:
-    """Raise StropError when the weights cannot fit in free memory at `itemsize` bytes a number."""
-    needed = max(int(checkpoint.elements * itemsize), checkpoint.bytes)
+    """Raise StropError when the weights cannot fit in free memory.
+
+    `itemsize` is the bytes of a number once loaded; 0 means as stored.
+    """
+    needed = int(checkpoint.elements * itemsize) or checkpoint.bytes
     free = psutil.virtual_memory().available if available is None else available
     if needed > free:
-        gib = 1 << 30
+        gib, smaller = 1 << 30, int(checkpoint.elements * 2) < needed
         raise StropError(
             f"{checkpoint.path} needs {needed / gib:.1f} GiB for its weights and {free / gib:.1f} GiB of "
-            "memory are free: use a larger machine or a smaller dtype (--dtype bf16)"
+            f"memory are free: use a larger machine{' or a smaller dtype (--dtype bf16)' * smaller}"
         )
