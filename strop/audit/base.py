@@ -1,5 +1,6 @@
 """What the audit measures need of a model, and the intervals they share."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -36,12 +37,12 @@ def bootstrap(
 ) -> tuple[float, float, float]:
     """Estimate and 95 % percentile interval of a statistic over independent units.
 
-    `units` `[n, ...]`; `statistic` maps resamples `[m, n, ...]` to `[m]`. A single unit has no interval:
-    its ends are the estimate.
+    `units` `[n, ...]`; `statistic` maps resamples `[m, n, ...]` to `[m]`. A single unit bounds nothing: its
+    interval is infinite.
     """
     estimate = float(statistic(units[None])[0])
     if len(units) < 2:
-        return estimate, estimate, estimate
+        return estimate, -math.inf, math.inf
     picks = np.random.default_rng(seed).integers(0, len(units), (RESAMPLES, len(units)))
     low, high = np.percentile(statistic(units[picks]), [2.5, 97.5])
     return estimate, float(low), float(high)

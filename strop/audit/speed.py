@@ -1,8 +1,8 @@
 """How long a recipe takes, always interleaved with its baseline in one process.
 
-Ratios are candidate over baseline, below 1 is faster. Each round times both, in alternating order, and gives
-one ratio; the interval is a bootstrap over rounds. The KV-attributable part of a step is the step at the
-stated context minus the step at context ~ 1, where next to nothing is cached.
+Ratios are candidate over baseline, below 1 is faster. Each round times both, in alternating order; a ratio is
+that of the medians over rounds, its interval a bootstrap over rounds. The KV-attributable part of a step is
+the step at the stated context minus the step at context ~ 1, where next to nothing is cached.
 """
 
 import time
@@ -39,28 +39,36 @@ class Speed:
 
 
 class Stamps(BaseStreamer):
-    """Notes when each token of a generation arrives."""
+    """Notes when the tokens of a generation arrive, and how many at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.times: list[float] = []
+        self.tokens: list[int] = []
 
     def put(self, value: torch.Tensor) -> None:
         """Called with the prompt first, then with every step's tokens."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        self.tokens.append(value.numel())
 
     def end(self) -> None:
         """Nothing is left to do."""
 
 
 def generation_times(lm: LanguageModel, rows: Sequence[Sequence[int]], steps: int) -> tuple[float, float]:
-    """Seconds to the first token and per token after it, greedily generating 1 + `steps` for each row."""
+    """Seconds to the first token and per token after it, greedily generating 1 + `steps` for each row.
+
+    Speculation brings several tokens at a time, the first one included, and may bring all at once: then the
+    first token's time has no part of its own, and the whole is divided among all tokens.
+    """
     stamps = Stamps(lm.device)
     lm.generate_ids(rows, 1 + steps, min_new_tokens=1 + steps, streamer=stamps)
-    start, first, *_, last = stamps.times
-    return first - start, (last - first) / steps
+    start, first, last = stamps.times[0], stamps.times[1], stamps.times[-1]
+    if (later := sum(stamps.tokens[2:]) / len(rows)) > 0:
+        return first - start, (last - first) / later
+    return first - start, (first - start) / (1 + steps)
 
 
 def timings(lm: LanguageModel, rows: Sequence[Sequence[int]], steps: int) -> tuple[float, float, float]:

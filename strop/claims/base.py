@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from strop.audit.base import bootstrap
+
 Row = dict[str, Any]
 """What one measurement found: names, settings, and lists of one value a repetition."""
 
@@ -60,19 +62,19 @@ class Claim:
 
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of the mean."""
-    sample = np.asarray(values, dtype=float)
-    picks = np.random.default_rng(seed).integers(0, len(sample), (2000, len(sample)))
-    low, high = np.percentile(sample[picks].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    _, low, high = bootstrap(np.asarray(values, dtype=float), lambda sample: sample.mean(1), seed)
+    return low, high
 
 
 def ratio(over: Sequence[float], under: Sequence[float], seed: int = 0) -> tuple[float, tuple[float, float]]:
     """Ratio of the sums of paired values, and its 95 % bootstrap interval over the pairs."""
-    pairs = np.array([over, under], dtype=float)
-    picks = np.random.default_rng(seed).integers(0, pairs.shape[1], (2000, pairs.shape[1]))
-    sums = np.maximum(pairs[:, picks].sum(-1), 1e-30)
-    low, high = np.percentile(sums[0] / sums[1], [2.5, 97.5])
-    return float(pairs[0].sum() / max(pairs[1].sum(), 1e-30)), (float(low), float(high))
+
+    def of(sample: np.ndarray) -> np.ndarray:
+        sums = np.maximum(sample.sum(1), 1e-30)
+        return sums[:, 0] / sums[:, 1]
+
+    mean, low, high = bootstrap(np.array([over, under], dtype=float).T, of, seed)
+    return mean, (low, high)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """What every method of every slot is: a frozen dataclass that can say how it is set."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Method:
     """Base of all families' methods. Subclasses are frozen dataclasses with the paper's fields."""
+
+    lossless: ClassVar[bool] = False
+    """Whether the model writes the same with it, by construction."""
 
     def fields(self) -> dict[str, Any]:
         """All fields with their values."""

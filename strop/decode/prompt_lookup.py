@@ -4,7 +4,7 @@ transformers' own; lossless, and worth it where output repeats input (code edits
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from strop.decode.base import DecodeMethod
 
@@ -12,6 +12,8 @@ from strop.decode.base import DecodeMethod
 @dataclass(frozen=True, kw_only=True)
 class PromptLookup(DecodeMethod):
     """transformers' prompt-lookup decoding."""
+
+    lossless: ClassVar[bool] = True
 
     tokens: int = 10
     """Most tokens proposed in one step."""
@@ -21,6 +23,10 @@ class PromptLookup(DecodeMethod):
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.ngram < 1:
             raise ValueError("tokens and ngram must be at least 1")
+
+    @property
+    def depth(self) -> int:
+        return self.tokens
 
     def options(self) -> dict[str, Any]:
         return {"prompt_lookup_num_tokens": self.tokens, "max_matching_ngram_size": self.ngram}
