@@ -5,6 +5,7 @@ nest. Everything strop does is a function over recipes.
 """
 
 import dataclasses
+import inspect
 import types
 import typing
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from strop.kv import KIVI, HadamardRTN, KVarN, KVMethod, Quantized
 from strop.weights import RTN, WeightMethod
 
 VERSION = 1
+AS_IS = "as is"
+"""The label of a recipe without methods."""
 
 METHODS: dict[str, dict[str, type]] = {
     "prune": {},
@@ -77,10 +80,13 @@ class Recipe:
 
     def check(self) -> None:
         """Raise StropError for a composition that cannot work, naming the reason."""
-        if isinstance(self.kv, Quantized) and self.decode is not None:
+        if self.kv is None or self.decode is None:
+            return
+        if self.kv.max_rollback < self.decode.depth:
             raise StropError(
-                "transformers' QuantizedCache cannot take back tokens, which speculation needs: "
-                "use kvarn in the kv slot, or leave decode empty"
+                f"{label('decode', self.decode)} may take {self.decode.depth} tokens back and "
+                f"{label('kv', self.kv)} can take back {self.kv.max_rollback}: propose fewer tokens, raise "
+                "max_rollback where the method has it, or leave one of the two slots empty"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,8 +106,8 @@ class Recipe:
             temporary.write_text(self.to_yaml(), encoding="utf-8")
 
     def label(self) -> str:
-        """A short name for people, such as `rtn 8 + kvarn k2v2`."""
-        return " + ".join(label(*filled) for filled in self.methods().items()) or "as is"
+        """A short name for people, such as `rtn int8 + kvarn k2v2`."""
+        return " + ".join(label(*filled) for filled in self.methods().items()) or AS_IS
 
     def digest(self) -> str:
         """16 hex digits that name the recipe, every field included."""
@@ -150,13 +156,6 @@ def label(slot: str, method: Method) -> str:
     return f"{method_name(slot, method)} {method.settings()}".strip()
 
 
-def parse_method(slot: str, text: str) -> Any:
-    """A method from `name` or `name:field=value,field=value`, as the command line writes it."""
-    name, _, fields = text.partition(":")
-    pairs = [pair.partition("=") for pair in fields.split(",")] if fields else []
-    return _parse(slot, {name: {key.strip(): yaml.safe_load(value) for key, _, value in pairs}})
-
-
 def _node(slot: str, method: Method) -> dict[str, Any]:
     fields = {
         name: _node(slot, value) if isinstance(value, Method) else value
@@ -178,25 +177,28 @@ def _parse(slot: str, node: Any) -> Any:
     fields = {} if fields is None else fields
     if not isinstance(fields, dict):
         raise StropError(f"{slot} method {name!r} takes `field: value` pairs, got {fields!r}")
-    hints = {
-        key: hint.type if isinstance(hint, dataclasses.InitVar) else hint
-        for key, hint in typing.get_type_hints(kind).items()
-    }
+    hints, known = typing.get_type_hints(kind), list(inspect.signature(kind).parameters)
     values = {}
     for key, value in fields.items():
-        if key not in hints:
-            raise StropError(f"{name} has no field {key!r}; {did_you_mean(str(key), list(hints))}")
-        nested = isinstance(value, dict)
-        values[key] = _parse(slot, value) if nested else _scalar(f"{name}.{key}", value, hints[key])
+        if key not in known:
+            raise StropError(f"{name} has no field {key!r}; {did_you_mean(str(key), known)}")
+        hint = hints[key].type if isinstance(hints[key], dataclasses.InitVar) else hints[key]
+        nested = isinstance(value, dict) and any(issubclass(kind, Method) for kind in _kinds(hint))
+        values[key] = _parse(slot, value) if nested else _scalar(f"{name}.{key}", value, hint)
     try:
         return kind(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise StropError(f"{slot} method {name!r}: {error}") from error
 
 
-def _scalar(where: str, value: Any, hint: Any) -> Any:
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The types that a field may have."""
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    allowed = typing.get_args(hint) if union else (hint,)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _scalar(where: str, value: Any, hint: Any) -> Any:
+    allowed = _kinds(hint)
     if float in allowed and type(value) is int:
         value = float(value)
     if type(value) not in allowed:

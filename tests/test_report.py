@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
+from strop.core.errors import StropError
 from strop.tune.report import render, write_report
 
 HOSTILE = "<script>window.stolen = 1</script></script><img src=x onerror='window.stolen=1'> & \"%{x}\""
@@ -133,12 +135,12 @@ def test_settings_and_infinite_numbers_may_be_missing(study, tmp_path):
 def test_a_failed_write_leaves_the_old_page_alone(study, tmp_path, monkeypatch):
     page = page_of(study, tmp_path)
 
-    def fail(self: Path, target: Path) -> None:
+    def fail(source: str, target: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     study["model"]["name"] = "another"
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StropError, match="disk full"):
         write_report(study, tmp_path / "report.html")
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == page

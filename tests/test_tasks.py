@@ -8,7 +8,7 @@ import pytest
 
 from strop.core.errors import StropError
 from strop.tasks import python_source, reasoning, recall
-from strop.tasks.base import Example, exact_match, is_right
+from strop.tasks.base import Example, is_right
 
 
 def test_tasks_leave_torch_unloaded():
@@ -17,13 +17,12 @@ def test_tasks_leave_torch_unloaded():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_exact_match_strips_and_extracts():
+def test_an_answer_is_extracted_and_stripped():
     examples = [Example("q", "43"), Example("q", "07"), Example("q")]
     outputs = ["ka=43 sum=43\nanswer 43\n", "answer 7", "answer 43"]
-    assert is_right(examples[0], outputs[0], reasoning.final_answer)
-    assert exact_match(examples, outputs, reasoning.final_answer) == pytest.approx(1 / 3)
-    assert exact_match([Example("q", "x")], [" x \n"]) == 1
-    assert exact_match([], []) == 0
+    right = [is_right(e, o, reasoning.final_answer) for e, o in zip(examples, outputs, strict=True)]
+    assert right == [True, False, False]
+    assert is_right(Example("q", "x"), " x \n")
 
 
 def test_python_source_splits_by_path():
@@ -32,7 +31,7 @@ def test_python_source_splits_by_path():
     assert not set(train) & set(held)
     assert all(python_source.is_held_out(path) for path in held)
     assert 0.03 < len(held) / (len(train) + len(held)) < 0.09
-    assert [p.is_file() for p in python_source.files("held_out")] == [True] * len(held)
+    assert all((python_source.stdlib_root() / path).is_file() for path in held)
     assert python_source.is_held_out("typing.py") and not python_source.is_held_out("os.py")
 
 
@@ -46,7 +45,7 @@ def test_python_source_takes_sources_only(tmp_path):
     with pytest.raises(StropError, match="No Python source"):
         python_source.relative_paths("train" if side == "held_out" else "held_out", tmp_path)
     with pytest.raises(StropError, match="does not exist"):
-        python_source.files("valid")
+        python_source.relative_paths("valid")
 
 
 def test_held_out_text_is_cut_to_its_budget():

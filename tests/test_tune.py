@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -23,9 +24,13 @@ from transformers import (
     Qwen3Config,
 )
 
+from strop.core.checkpoint import inspect, require_memory
 from strop.core.errors import StropError
 from strop.core.store import ResultStore
+from strop.kv import KVarN
+from strop.model import load
 from strop.recipe import Recipe
+from strop.tasks.data import Data, Row, read_data
 from strop.tune import engine, measure, workload
 from strop.tune.engine import Settings, tune
 from strop.tune.frontier import dominates, judge
@@ -114,6 +119,14 @@ def test_judge_names_what_dominates():
     assert not dominates(rows[0], rows[0])
 
 
+def test_noise_neither_chooses_nor_dominates():
+    rows = [row("as is", 1, 1.03, 0), row("noisy", 1, 0.97, 0), row("fast", 1, 0.8, 0.001)]
+    rows[1]["speed"]["step_ratio"] = [0.97, 0.9, 1.05]
+    assert judge(rows[:2], "speed", 0.01)["label"] == "as is"
+    assert rows[0]["dominated_by"] is None and rows[1]["dominated_by"] is None
+    assert judge(rows, "speed", 0.01)["label"] == "fast"
+
+
 def test_study_writes_all_that_it_promises(model, text, tmp_path):
     out = tmp_path / "out"
     study = tune(
@@ -168,6 +181,104 @@ def test_resume_measures_nothing_twice_and_changed_data_is_new(model, text, tmp_
     assert not any("reused" in r for r in other["rows"])
 
 
+def test_resume_tries_again_what_was_refused(model, text, tmp_path, monkeypatch):
+    settings, out = Settings(methods=("kvarn",)), tmp_path / "out"
+
+    def missing(self, config):
+        raise StropError("a package is missing")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(KVarN, "new_cache", missing)
+        first = rows_of(tune(str(model), text, out, settings))
+    assert first["kvarn k4v4"]["status"] == "refused"
+    again = rows_of(tune(str(model), text, out, settings, resume=True))
+    assert again["kvarn k4v4"]["status"] == "measured" and again["as is"]["reused"]
+
+
+@pytest.mark.parametrize("change", ["tokenizer_config.json", "model.safetensors", "chat_template.jinja"])
+def test_fingerprint_follows_all_that_decides_what_is_written(change, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    before = inspect(folder).fingerprint()
+    assert before == inspect(model).fingerprint()
+    held = (folder / change).read_bytes() if (folder / change).exists() else b"{}"
+    (folder / change).write_bytes(held[:-9] + bytes([held[-9] ^ 1]) + held[-8:] if len(held) > 9 else held)
+    assert inspect(folder).fingerprint() != before
+
+
+def test_weights_in_another_form_beside_the_shards_do_not_count(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+    assert inspect(folder).bytes == inspect(model).bytes
+
+
+def test_memory_is_asked_for_at_the_wanted_size(model):
+    checkpoint = inspect(model)
+    require_memory(checkpoint, 2, available=2 * checkpoint.elements)
+    with pytest.raises(StropError, match="--dtype bf16"):
+        require_memory(checkpoint, 4, available=2 * checkpoint.elements)
+    with pytest.raises(StropError, match=r"use a larger machine$"):
+        require_memory(checkpoint, 2, available=checkpoint.elements)
+
+
+def test_a_named_method_is_tried_even_when_it_is_no_candidate(model, text, tmp_path):
+    rows = rows_of(tune(str(model), text, tmp_path / "out", Settings(methods=("kivi",))))
+    assert rows["kivi k4v2"]["status"] == "measured"
+
+
+def test_a_folder_that_no_study_wrote_is_left_alone(model, text, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "notes.txt").write_text("mine")
+    settings = Settings(methods=("rtn",), max_drop=0.9, objective="memory")
+    study = tune(str(model), text, tmp_path / "out", settings)
+    assert "rtn" in study["chosen"] and (checkpoint / "notes.txt").read_text() == "mine"
+    assert any("was not written by a study" in entry["why"] for entry in study["not_measured"])
+    shutil.rmtree(checkpoint)
+    for _ in range(2):
+        study = tune(str(model), text, tmp_path / "out", settings, resume=True)
+        assert Recipe.load(checkpoint / "strop.yaml").to_dict()["weights"] and "vllm" in study["commands"][2]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_commands_repeat_the_study(model, text, tmp_path):
+    settings = Settings(methods=("rtn",), context=120, dtype="fp32", seed=3)
+    study = tune(str(model), text, tmp_path / "out", settings)
+    generate, measuring = study["commands"][:2]
+    assert "--dtype fp32" in generate and "--context" not in generate
+    for words in (f"--data {text}", "--context 120", "--dtype fp32", "--seed 3"):
+        assert words in measuring and words in study["settings"]["command"]
+
+
+def test_quality_is_measured_at_the_stated_context(model, tmp_path):
+    file = tmp_path / "short.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": TEXT[i : i + 60]}) for i in range(9)))
+    base, data = load(str(model)), read_data(file)
+    work = workload.build(base, data, 500, 1, 0)
+    assert [len(ids) for ids in work.texts] == [500, 40]
+    assert max(len(ids) for ids in workload.build(base, data, None, 1, 0).texts) <= 60
+    with pytest.raises(StropError, match="holds 540 tokens in all"):
+        workload.build(base, data, 560, 1, 0)
+
+
+def test_a_long_text_is_sampled(model, monkeypatch):
+    monkeypatch.setattr(workload, "PIECE", 500)
+    monkeypatch.setattr(workload, "SAMPLED", 3)
+    monkeypatch.setattr(workload, "LONGEST", 100)
+    rows = [Row(TEXT * 20), Row(TEXT[:900])]
+    pieces = workload._sample(rows, seed=0)
+    assert len(pieces) == 3 and all(piece.prompt in TEXT * 20 for piece in pieces)
+    work = workload.build(load(str(model)), Data("t", tuple(rows), "text", "f"), None, 1, 0)
+    assert work.context == 100
+
+
+@pytest.mark.parametrize(
+    ("completion", "right"),
+    [("72", True), ("72\nSo", True), ("3 * 24 = 72.\n", True), ("is 172", False), ("72 or 73", False)],
+)
+def test_an_answer_may_stand_at_the_end(completion, right):
+    assert workload.answered(str.strip, "72", completion) is right
+
+
 def test_spent_budget_skips_and_says_so(model, text, tmp_path):
     study = tune(str(model), text, tmp_path / "out", Settings(methods=("rtn",), budget_minutes=1e-9))
     rows = rows_of(study)
@@ -181,8 +292,8 @@ def test_problems_with_answers_count(model, tmp_path):
     lines = [{"prompt": TEXT[: 300 + i], "answer": str(i)} for i in range(4)]
     file.write_text("\n".join(map(json.dumps, lines)))
     rows = rows_of(tune(str(model), file, tmp_path / "out", Settings(methods=("rtn",))))
-    assert rows["as is"]["quality"]["exact_match"] is not None
-    assert rows["as is"]["quality"]["exact_match_loss"] == 0
+    assert rows["as is"]["quality"]["exact_match"] == 0
+    assert rows["as is"]["quality"]["exact_match_loss"] is None, "nothing was there to lose"
 
 
 def test_unknown_method_is_refused():
@@ -250,6 +361,22 @@ def test_two_writers_share_a_file(tmp_path):
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert connection.execute("SELECT count(*) FROM results").fetchone() == (70,)
+
+
+def test_a_table_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "results.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE results (key TEXT)")
+    with pytest.raises(StropError, match="no such column"):
+        ResultStore(path)
+
+
+def test_many_open_a_new_file_at_once(tmp_path):
+    for number in range(5):
+        path = tmp_path / str(number)
+        code = f"import pathlib, strop.core.store as s; s.ResultStore(pathlib.Path({str(path)!r}))"
+        runs = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE) for _ in range(4)]
+        assert [run.wait() for run in runs] == [0] * 4, [run.stderr.read() for run in runs]
 
 
 def test_code_version_follows_the_code(monkeypatch):

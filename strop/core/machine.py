@@ -41,14 +41,29 @@ def gpu_name() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
+def environment() -> dict[str, Any]:
+    """What a measurement depends on besides model, recipe, data and code: hardware, threads, versions."""
+    import torch
+
+    packages = ("torch", "transformers", "hqq", "optimum-quanto", "compressed-tensors")
+    return {
+        "cpu": cpu_name(),
+        "gpu": gpu_name(),
+        "threads": torch.get_num_threads(),
+        **{package: version(package) for package in packages},
+    }
+
+
 def machine() -> dict[str, Any]:
     """Hardware and versions, for reports."""
+    import torch
+
     from strop import __version__
 
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS") or os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),

@@ -12,6 +12,9 @@ from typing import Any
 
 from strop.core.errors import StropError
 
+WAIT = 60.0
+"""Seconds to wait for another process that is writing."""
+
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
     key TEXT PRIMARY KEY,
@@ -38,17 +41,35 @@ class ResultStore:
         """Open or create. Raises StropError when the place cannot be written or is not SQLite."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.connection = sqlite3.connect(path, timeout=60)
-            self.connection.execute("PRAGMA journal_mode=WAL")
+            self.connection = sqlite3.connect(path, timeout=WAIT)
+            self._use_wal()
             self.connection.execute(SCHEMA)
+            self.connection.execute(f"SELECT {COLUMNS} FROM results LIMIT 0")
             self.connection.commit()
         except (OSError, sqlite3.Error) as error:
-            raise StropError(f"cannot keep results in {path}: {error}") from error
+            raise StropError(
+                f"cannot keep results in {path} ({error}): name another folder, or move the file away"
+            ) from error
         self.path = path
+
+    def _use_wal(self) -> None:
+        """Switch to WAL mode. SQLite does not wait for a rival that is switching as well, so this does."""
+        deadline = time.monotonic() + WAIT
+        while True:
+            try:
+                self.connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The measurement of this key, or None."""
-        found = self.connection.execute("SELECT row FROM results WHERE key = ?", (key,)).fetchone()
+        try:
+            found = self.connection.execute("SELECT row FROM results WHERE key = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise StropError(f"cannot read {self.path}: {error}") from error
         return None if found is None else json.loads(found[0])
 
     def put(self, key: str, names: dict[str, Any], row: dict[str, Any]) -> None:

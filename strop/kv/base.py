@@ -59,6 +59,9 @@ class KVShape:
 class KVMethod(Method, ABC):
     """One way to keep keys and values. Subclasses are frozen dataclasses with the paper's fields."""
 
+    max_rollback: int = 0
+    """Most tokens of the last forward pass that a cache can take back, as speculation needs."""
+
     @abstractmethod
     def new_cache(self, config: PretrainedConfig) -> Cache:
         """An empty cache for a model of this config.

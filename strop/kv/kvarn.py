@@ -10,12 +10,12 @@ un-rotated after attention instead of folding the rotation into the weights, so 
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from strop.kv.codec import RoundedKV, RowCodec
+from strop.kv.codec import Balance, RoundedKV, RowCodec
 
 LOG_CLIP = (-0.3, 10.0)
 STD_CLIP = (1e-3, 1e3)
@@ -43,6 +43,12 @@ def varn(tile: Tensor, n_iter: int = 8, normalize: str = "min_std") -> tuple[Ten
         best_r = torch.where(better[..., None], log_r, best_r)
         best_c = torch.where(better[..., None], log_c, best_c)
     return best_r.exp(), best_c.exp() * unit[..., None]
+
+
+@cache
+def balancing(n_iter: int, normalize: str) -> Balance:
+    """`varn` with its settings; one object for equal settings, so that equal codecs compare equal."""
+    return partial(varn, n_iter=n_iter, normalize=normalize)
 
 
 def deviation(tile: Tensor, dim: int) -> Tensor:
@@ -90,5 +96,5 @@ class KVarN(RoundedKV):
             raise ValueError(f'normalize must be "min_std" or "none", got {self.normalize!r}')
 
     def codec(self) -> RowCodec:
-        balance = partial(varn, n_iter=self.n_iter, normalize=self.normalize)
+        balance = balancing(self.n_iter, self.normalize)
         return RowCodec(self.bits_k, self.bits_v, self.group, True, balance, self.aux_dtype)

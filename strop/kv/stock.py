@@ -34,6 +34,8 @@ class Quantized(KVMethod):
         allowed = (8,) if self.backend == "fp8" else (2, 4)
         if self.bits not in allowed:
             raise ValueError(f"{self.backend} rounds to {allowed} bits, got {self.bits}")
+        if self.group < 8 or self.tail < 1:
+            raise ValueError(f"group must be at least 8 and tail 1, got {self.group} and {self.tail}")
 
     def settings(self) -> str:
         return self.spell(f"{self.backend} int{self.bits}", "backend", "bits")

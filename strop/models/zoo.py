@@ -6,11 +6,11 @@ Nothing here loads a model, so nothing here needs a tensor library.
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
 from strop.core.errors import StropError
+from strop.core.files import did_you_mean
 
 
 def zoo_root() -> Path:
@@ -34,10 +34,7 @@ def zoo_path(name: str) -> Path:
     names = zoo_names()
     if name in names:
         return zoo_root() / name
-    close = difflib.get_close_matches(name, names, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    known = ", ".join(names) or "none, in " + str(zoo_root())
-    raise StropError(f"No bundled model is called {name!r}; the known ones are {known}.{hint}")
+    raise StropError(f"no bundled model is called {name!r} in {zoo_root()}; {did_you_mean(name, names)}")
 
 
 def card(name: str) -> str:

@@ -69,12 +69,6 @@ def _sources(base: Path) -> list[str]:
     return sorted(found)
 
 
-def files(split: Split, root: Path | None = None) -> list[Path]:
-    """The files of one side, in the order of their relative paths."""
-    base = root or stdlib_root()
-    return [base / relpath for relpath in relative_paths(split, base)]
-
-
 def texts(split: Split, root: Path | None = None) -> dict[str, str]:
     """Relative path to text, for the files of one side that are not blank."""
     base = root or stdlib_root()

@@ -7,65 +7,35 @@ rows go to SQLite as soon as they are complete, keyed by everything that a numbe
 import itertools
 import math
 import shlex
-import shutil
+import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from strop.audit.quality import exact_match_floor
 from strop.core.errors import StropError
-from strop.core.files import did_you_mean, digest, require_folder
-from strop.core.machine import code_version, cpu_name, gpu_name, machine
+from strop.core.files import digest, require_folder
+from strop.core.machine import code_version, environment, machine
 from strop.core.method import Method
 from strop.core.store import ResultStore
 from strop.model import Model, load
 from strop.recipe import CANDIDATES, METHODS, Recipe, method_name
 from strop.tasks.data import Data, bundled, read_data
-from strop.tune.frontier import OBJECTIVES, Row, judge
+from strop.tune.frontier import Row, judge
 from strop.tune.measure import Bench, Report, describe
 from strop.tune.report import write_report
+from strop.tune.settings import Settings
 from strop.tune.workload import Workload, build
 from strop.weights.export import export
 
+EXPORTED = "strop.yaml"
+"""In an exported checkpoint, the recipe that made it."""
 SURVIVORS = 2
 """Candidates of a slot that go on to compositions."""
 COMPOSITIONS = 6
 """Compositions measured, those with the best predicted score."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a study is told."""
-
-    objective: str = "balanced"
-    """What the choice minimises: "memory", "speed" or "balanced"."""
-    max_drop: float = 0.01
-    """Most that the upper 95 % limit of the drop in quality may be."""
-    batch: int = 1
-    """Sequences served together, for speed and memory."""
-    context: int | None = None
-    """Tokens in the cache, for speed and memory; None: the data's 95th percentile."""
-    budget_minutes: float | None = None
-    """Start no measurement after this long."""
-    methods: tuple[str, ...] | None = None
-    """Names of the methods to try; None: all."""
-    device: str = "cpu"
-    dtype: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.objective not in OBJECTIVES:
-            known = did_you_mean(self.objective, list(OBJECTIVES))
-            raise StropError(f"unknown objective {self.objective!r}; {known}")
-        if not 0 <= self.max_drop < 1:
-            raise StropError(f"--max-drop must be from 0 % to below 100 %, got {self.max_drop:.0%}")
-        if self.batch < 1 or (self.context is not None and self.context < 2):
-            raise StropError("--batch must be at least 1 and --context at least 2")
-        known = [name for methods in METHODS.values() for name in methods]
-        for name in self.methods or ():
-            if name not in known:
-                raise StropError(f"unknown method {name!r}; {did_you_mean(name, known)}")
 
 
 def tune(
@@ -80,7 +50,7 @@ def tune(
 
     Writes `results.sqlite`, `recipe.yaml` and `report.html`; returns the study as plain data. With `resume`,
     rows that are there already, from the same code, data and machine, are not measured again. Raises
-    StropError for a user's mistake, before anything is written.
+    StropError for a user's mistake, before anything is written, and when the disk fills up on the way.
     """
     report("loading", 0.0)
     model = load(source, settings.dtype, settings.device)
@@ -93,9 +63,15 @@ def tune(
     chosen = judge(rows, settings.objective, settings.max_drop)
     recipe = Recipe.from_dict(chosen["recipe"])
     recipe.save(out / "recipe.yaml")
-    result = study.describe(rows, chosen["label"], recipe, _command(source, data_file, out, settings))
-    place = shlex.quote(str(out / "recipe.yaml"))
-    result["commands"] = [f"strop generate {place} --prompt 'def '", f"strop measure {place}"]
+    data_words = ["--data", str(data_file)] if data_file else []
+    command = shlex.join(["strop", "tune", source, *data_words, "--out", str(out), *settings.options()])
+    result = study.describe(rows, chosen["label"], recipe, command)
+    place, where = str(out / "recipe.yaml"), ("device", "dtype")
+    again = settings.options(only=(*where, "batch", "context", "seed"))
+    result["commands"] = [
+        shlex.join(["strop", "generate", place, "--prompt", "def ", *settings.options(only=where)]),
+        shlex.join(["strop", "measure", place, *data_words, *again]),
+    ]
     if recipe.weights is not None:
         _export(base.with_(weights=recipe.weights), out / "checkpoint", result)
     write_report(result, out / "report.html")
@@ -108,12 +84,22 @@ def _absolute(name: str) -> str:
 
 
 def _export(model: Model, folder: Path, result: dict[str, Any]) -> None:
-    """Write the chosen weights as a compressed-tensors folder, and tell the study how to serve it."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Write the chosen weights as a compressed-tensors folder, and tell the study how to serve it.
+
+    A folder in its place is replaced once the new one is whole, and only if an earlier study wrote it.
+    """
     try:
-        export(model.model, model.tokenizer, folder)
-        result["commands"].append(f"vllm serve {shlex.quote(str(folder))}  # the weights slot alone")
-    except StropError as error:
+        if folder.exists() and not (folder / EXPORTED).is_file():
+            raise StropError(f"{folder} is there already and was not written by a study")
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
+            fresh = export(model.model, model.tokenizer, Path(place) / "new")
+            model.recipe.save(fresh / EXPORTED)
+            if folder.exists():
+                folder.rename(Path(place) / "old")
+            fresh.rename(folder)
+        note = "; vLLM's CPU build takes 4 bits only" if model.recipe.weights.bits == 8 else ""
+        result["commands"].append(f"vllm serve {shlex.quote(str(folder))}  # the weights slot alone{note}")
+    except (StropError, OSError) as error:
         result["not_measured"].append({"what": "a checkpoint of the chosen weights", "why": str(error)})
 
 
@@ -169,11 +155,16 @@ class Study:
         return Recipe(model=self.base.recipe.model, **filled)  # type: ignore[arg-type]
 
     def _singles(self) -> Iterator[tuple[str, Method]]:
+        """Every candidate, or those of the wanted methods; a wanted one that is none is tried as it is."""
         wanted = self.settings.methods
         for slot, methods in CANDIDATES.items():
-            for method in methods:
-                if wanted is None or method_name(slot, method) in wanted:
+            names = [method_name(slot, method) for method in methods]
+            for name, method in zip(names, methods, strict=True):
+                if wanted is None or name in wanted:
                     yield slot, method
+            for name in wanted or ():
+                if name in METHODS[slot] and name not in names:
+                    yield slot, METHODS[slot][name]()
 
     def _compositions(self, parts: dict[tuple[str, Method], Row]) -> list[dict[str, Method]]:
         """Products of the best few of each slot, by the product of their parts' scores."""
@@ -197,9 +188,9 @@ class Study:
     def _measure(self, recipe: Recipe, index: int, total: int) -> Row:
         label = recipe.label()
         names = self._names(recipe)
-        key = digest(names, self.settings.batch, self.work.context, self.settings.dtype, self._machine())
+        key = digest(names, self.settings.batch, self.work.context, self.settings.dtype, environment())
         row = self.store.get(key) if self.resume else None
-        if row is not None:
+        if row is not None and row["status"] == "measured":
             return row | {"reused": True}
         if time.monotonic() > self.deadline and index:
             return describe(recipe) | {"reason": "the time budget was spent", "seconds": 0.0}
@@ -219,9 +210,6 @@ class Study:
             return describe(recipe) | {"status": "failed", "reason": reason, "seconds": 0.0}
         self.store.put(key, names, row)
         return self.store.get(key) or row
-
-    def _machine(self) -> tuple[str, str | None]:
-        return cpu_name(), gpu_name() if self.settings.device == "cuda" else None
 
     def _names(self, recipe: Recipe) -> dict[str, Any]:
         return {
@@ -268,6 +256,14 @@ class Study:
     def _not_measured(self, rows: list[Row]) -> Iterator[dict[str, str]]:
         if not self.work.problems:
             yield {"what": "task exact match", "why": "the data has no answers"}
+        elif not any(self.bench.base_solved):
+            yield {"what": "loss of exact match", "why": "the model as it is solves none of the problems"}
+        elif (least := exact_match_floor(self.bench.base_solved)) > self.settings.max_drop:
+            yield {
+                "what": f"losses of exact match below {least:.1%}",
+                "why": f"{sum(self.bench.base_solved)} solved problems cannot show less: give more problems, "
+                "or allow a larger --max-drop",
+            }
         if not self.work.recall:
             yield {"what": "recall of planted keys", "why": "the data holds problems, or texts too short"}
         if self.left_out:
@@ -283,13 +279,3 @@ class Study:
             }
         if self.settings.device == "cpu":
             yield {"what": "speed on a GPU", "why": "the study ran on a CPU; ratios differ between machines"}
-
-
-def _command(source: str, data_file: Path | None, out: Path, settings: Settings) -> str:
-    words = ["strop", "tune", source, *(["--data", str(data_file)] if data_file else []), "--out", str(out)]
-    default = Settings()
-    for name, value in asdict(settings).items():
-        if value != getattr(default, name):
-            shown = ",".join(value) if isinstance(value, tuple) else f"{value}"
-            words += [f"--{name.replace('_', '-')}", shown]
-    return shlex.join(words)

@@ -1,7 +1,13 @@
-"""From measured rows to a choice: what dominates what, and which recipe the objective prefers."""
+"""From measured rows to a choice: what dominates what, and which recipe the objective prefers.
+
+A difference in speed counts where the interval of its ratio leaves out 1: noise neither chooses nor
+dominates.
+"""
 
 from math import sqrt
 from typing import Any
+
+from strop.recipe import AS_IS
 
 Row = dict[str, Any]
 
@@ -12,13 +18,19 @@ def score(row: Row, objective: str) -> float | None:
     """Lower is better; None for what was not measured. `balanced` is the geometric mean of both ratios."""
     if row["status"] != "measured":
         return None
-    memory, step = row["memory"]["ratio"], row["speed"]["step_ratio"][0]
+    memory, step = row["memory"]["ratio"], step_ratio(row)
     return {"memory": memory, "speed": step, "balanced": sqrt(memory * step)}[objective]
+
+
+def step_ratio(row: Row) -> float:
+    """Time per token over the baseline's; 1 for the baseline, and where no difference is clear."""
+    ratio, low, high = row["speed"]["step_ratio"]
+    return 1.0 if row["label"] == AS_IS or low <= 1 <= high else ratio
 
 
 def costs(row: Row) -> tuple[float, float, float]:
     """Memory ratio, step-time ratio, upper limit of the drop: what dominance compares."""
-    return row["memory"]["ratio"], row["speed"]["step_ratio"][0], row["quality"]["drop_hi"]
+    return row["memory"]["ratio"], step_ratio(row), row["quality"]["drop_hi"]
 
 
 def dominates(one: Row, other: Row) -> bool:

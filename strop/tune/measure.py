@@ -73,9 +73,11 @@ class Bench:
         report("quality", 0.7)
         if self.work.problems:
             right = solved(model, self.work)
-            loss, _, high = exact_match_loss(self.base_solved, right, self.seed)
             quality["exact_match"] = sum(right) / len(right)
-            quality |= {"exact_match_loss": loss, "exact_match_loss_hi": high}
+            if found := exact_match_loss(self.base_solved, right, self.seed):
+                loss, _, high = found
+                sure = loss == 0 and all(method.lossless for method in model.recipe.methods().values())
+                quality |= {"exact_match_loss": loss, "exact_match_loss_hi": 0.0 if sure else high}
         drops = (quality["ppl_rise_hi"], quality["exact_match_loss_hi"])
         return quality | {"drop_hi": max(drop for drop in drops if drop is not None)}
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -23,6 +22,7 @@ import jinja2
 import yaml
 from plotly.offline import get_plotlyjs
 
+from strop.core.files import atomic
 from strop.tune.report_measures import (
     MEASURES,
     MISSING,
@@ -232,9 +232,5 @@ def render(study: Mapping[str, Any]) -> str:
 
 def write_report(study: Mapping[str, Any], path: Path) -> None:
     """Write the page for `study` to `path`, whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with atomic(path) as draft:
         draft.write_text(render(study), encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """The user's data as one model reads it: texts to score, prompts to continue, keys to recall."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -9,20 +10,28 @@ import numpy as np
 from strop.core.errors import StropError
 from strop.model import Model
 from strop.tasks.base import Example, is_right
-from strop.tasks.data import Data
+from strop.tasks.data import Data, Row
 from strop.tasks.reasoning import final_answer
 from strop.tasks.recall import first_digits, passkeys
 
 SCORED_TOKENS = 8_192
-"""Tokens of text that perplexity and KL are taken on, at most."""
+"""Tokens of text that perplexity and KL are taken on, at most, or one text of the stated context."""
+LONGEST = 4_096
+"""Most tokens of context where none is stated."""
+SAMPLED = 2_000
+"""Rows of the data that are read, at most; more are sampled."""
+PIECE = 1 << 18
+"""Characters above which a document is cut into pieces."""
 CONTINUED = 8
 """Prompts whose greedy continuation is compared."""
 NEW_TOKENS = 64
 """Room that every context leaves for what is generated."""
 CONTINUATION = 48
 """Tokens of a continuation."""
-PROBLEMS = 64
-"""Problems with answers, at most."""
+PROBLEMS = 400
+"""Problems with answers, at most; fewer than 370 cannot show a loss below 1 %."""
+ANSWER_TOKENS = 256
+"""New tokens that an answer may take whose way there is unknown."""
 KEYS_PER_DEPTH = 3
 SHORTEST = 16
 """Tokens below which a text is left out."""
@@ -60,10 +69,11 @@ class Workload:
 def build(model: Model, data: Data, context: int | None, batch: int, seed: int) -> Workload:
     """Tokenise the data for a model.
 
-    `context` None means the data's 95th percentile of tokens. Raises StropError when no text is long enough,
-    or when the context exceeds what the model was made for.
+    `context` None means the data's 95th percentile of tokens, `LONGEST` at most. Raises StropError when no
+    text is long enough, or when the context exceeds the data or what the model was made for.
     """
-    full = [model.encode(row.prompt) + _answer_ids(model, row.solution or row.answer) for row in data.rows]
+    rows = _sample(data.rows, seed)
+    full = [model.encode(row.prompt) + _answer_ids(model, row.solution or row.answer) for row in rows]
     full = [ids for ids in full if len(ids) >= SHORTEST]
     if not full:
         raise StropError(f"no text in {data.name} has {SHORTEST} tokens: give longer or more text")
@@ -74,7 +84,9 @@ def build(model: Model, data: Data, context: int | None, batch: int, seed: int) 
             f"--context {context} leaves no room for {NEW_TOKENS} new tokens in this model's context of "
             f"{model.context_limit}: use at most {room}"
         )
-    context = context or max(min(p95, room), 2)
+    context = context or max(min(p95, room, LONGEST), 2)
+    if max(map(len, full)) < context:
+        full = [_joined(full, context, data.name)]
     texts = _texts(full, context, seed)
     return Workload(
         texts=texts,
@@ -89,10 +101,13 @@ def build(model: Model, data: Data, context: int | None, batch: int, seed: int) 
 
 
 def answered(extract: Callable[[str], str | None], answer: str, completion: str) -> bool:
-    """Whether a completion gives the answer: as a whole, as its first line, or as its last line."""
+    """Whether a completion gives the answer: as a whole, as its first or last line, or at its very end."""
     lines = completion.strip().splitlines() or [""]
     example = Example("", answer.strip())
-    return any(is_right(example, part, extract) for part in (completion, lines[0], lines[-1]))
+    said = (completion, lines[0], lines[-1])
+    if any(is_right(example, part, extract) for part in said):
+        return True
+    return bool(example.answer and re.search(rf"(?<!\w){re.escape(example.answer)}[\s.!]*$", lines[-1]))
 
 
 def recalled(example: Example, completion: str) -> bool:
@@ -102,6 +117,27 @@ def recalled(example: Example, completion: str) -> bool:
 
 def _answer_ids(model: Model, text: str | None) -> list[int]:
     return model.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+
+def _sample(rows: Sequence[Row], seed: int) -> list[Row]:
+    """The rows, long documents cut into pieces; `SAMPLED` of them where there are more."""
+    pieces = []
+    for row in rows:
+        whole = not isinstance(row.prompt, str) or row.answer is not None or len(row.prompt) <= PIECE
+        cuts = range(0, 1 if whole else len(row.prompt), PIECE)
+        pieces += [row] if whole else [Row(row.prompt[cut : cut + PIECE]) for cut in cuts]
+    return Random(f"{seed}/rows").sample(pieces, SAMPLED) if len(pieces) > SAMPLED else pieces
+
+
+def _joined(full: Sequence[Sequence[int]], context: int, name: str) -> list[int]:
+    """All texts as one, so that quality is measured at the stated context as well."""
+    joined = [token for ids in full for token in ids]
+    if len(joined) < context:
+        raise StropError(
+            f"{name} holds {len(joined):,} tokens in all, so nothing can be measured at --context {context}: "
+            f"give more text, or --context {len(joined)}"
+        )
+    return joined
 
 
 def _texts(full: Sequence[Sequence[int]], context: int, seed: int) -> tuple[tuple[int, ...], ...]:
@@ -136,8 +172,9 @@ def _problems(model: Model, data: Data) -> tuple[Problem, ...]:
     found = []
     for row in rows:
         ids = tuple(model.encode(row.prompt))
-        worked = len(_answer_ids(model, row.solution or row.answer))
-        tokens = min(worked * 5 // 4 + 16, model.context_limit - len(ids))
+        worked = len(_answer_ids(model, row.solution or row.answer)) * 5 // 4 + 16
+        wanted = worked if row.solution else max(worked, ANSWER_TOKENS)
+        tokens = min(wanted, model.context_limit - len(ids))
         if tokens > 0:
             found.append(Problem(ids, row.answer or "", tokens))
     return tuple(found)
