@@ -42,7 +42,7 @@ gpu:
 report: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/strop tune zoo:coder --out runs/demo --resume --json > docs/results/demo.json
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/measure_kv.py --out docs/results/kv.json
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/strop claims --json > docs/results/claims.json
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/measure_claims.py --out docs/results/claims.json
 	$(BIN)/python docs/report.py
 
 clean:

@@ -85,10 +85,10 @@ def kv(results: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n`python docs/measure_kv.py`. {measured_on(results['machine'])}"
 
 
-def claims(results: list[dict[str, Any]]) -> str:
+def claims(results: dict[str, Any]) -> str:
     """Every claim with its verdict."""
     rows = []
-    for claim in results:
+    for claim in results["claims"]:
         interval = claim["interval"]
         span = "-" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
         rows.append(
@@ -102,7 +102,8 @@ def claims(results: list[dict[str, Any]]) -> str:
             ]
         )
     head = ["paper", "claim", "paper", "measured", "95 % interval", "verdict"]
-    return f"{table(head, rows)}\n\n`strop claims --json`, scale {results[0]['scale']}."
+    where = f"`strop claims`, scale {results['claims'][0]['scale']}. {measured_on(results['machine'])}"
+    return f"{table(head, rows)}\n\n{where}"
 
 
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
