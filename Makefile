@@ -35,7 +35,7 @@ check: $(DEV_STAMP)
 
 # On a machine with its own Python environment: make gpu PY=python3
 PY ?= $(BIN)/python
-gpu:
+gpu: $(if $(filter $(BIN)/python,$(PY)),$(DEV_STAMP))
 	$(PY) -m pytest -m gpu tests/test_gpu.py
 	$(PY) docs/measure_gpu.py --out docs/results/gpu.json
 

@@ -69,19 +69,22 @@ def kv(results: dict[str, Any]) -> str:
     """KV methods side by side on both bundled models."""
     rows = []
     for row in results["rows"]:
-        sizes = [f"{size['measured']:.0f}" for size in row["bytes_per_token"].values()]
+        sizes = [f"{size['measured']:.0f} ({size['mean']:.0f})" for size in row["bytes_per_token"].values()]
         kl, low, high = row["kl"]
+        single = f"{row['kl_by']['token']:.4f} ({row['kl_by']['block']:.4f})"
         rows.append(
             [
                 row["model"],
                 row["method"],
                 *sizes,
                 f"{kl:.4f} ({low:.4f} to {high:.4f})",
+                single,
                 number(row["exact_match"], ".1%"),
             ]
         )
-    contexts = [f"bytes/token at {context}" for context in results["rows"][0]["bytes_per_token"]]
-    head = ["model", "kv method", *contexts, "KL, nats/token (95 %)", "exact match"]
+    contexts = [f"bytes/token at {context} (mean)" for context in results["rows"][0]["bytes_per_token"]]
+    single = "KL of one text by tokens (by blocks)"
+    head = ["model", "kv method", *contexts, "KL, nats/token (95 %)", single, "exact match"]
     return f"{table(head, rows)}\n\n`python docs/measure_kv.py`. {measured_on(results['machine'])}"
 
 

@@ -7,6 +7,7 @@ outliers before that. No calibration. arXiv 2606.03458.
 Differs: tiles are first divided by their smallest deviation (`normalize`), because the paper's clip of the
 log scales otherwise ties the result to the tile's absolute size. Values are rotated when stored and
 un-rotated after attention instead of folding the rotation into the weights, so any checkpoint works as it is.
+Records of head sizes from 256 on are rounded up to 8 bytes like all others, not to a power of two a token.
 """
 
 from dataclasses import dataclass
