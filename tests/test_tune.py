@@ -291,7 +291,9 @@ def test_problems_with_answers_count(model, tmp_path):
     file = tmp_path / "tasks.jsonl"
     lines = [{"prompt": TEXT[: 300 + i], "answer": str(i)} for i in range(4)]
     file.write_text("\n".join(map(json.dumps, lines)))
-    rows = rows_of(tune(str(model), file, tmp_path / "out", Settings(methods=("rtn",))))
+    study = tune(str(model), file, tmp_path / "out", Settings(methods=("rtn",)))
+    assert any("solves 0 of 4" in entry["why"] for entry in study["not_measured"])
+    rows = rows_of(study)
     assert rows["as is"]["quality"]["exact_match"] == 0
     assert rows["as is"]["quality"]["exact_match_loss"] is None, "nothing was there to lose"
 

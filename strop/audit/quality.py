@@ -152,9 +152,9 @@ def exact_match_loss(
         return (means[:, 0] - means[:, 1]) / np.maximum(means[:, 0], 1 / len(units))
 
     estimate, low, high = bootstrap(units, loss, seed)
-    return estimate, low, max(high, exact_match_floor(base))
+    return estimate, low, max(high, exact_match_floor(sum(base)))
 
 
-def exact_match_floor(base: Sequence[bool]) -> float:
-    """The loss that as many problems as the baseline solves miss altogether with a probability of 2.5 %."""
-    return 1 - 0.025 ** (1 / sum(base))
+def exact_match_floor(solved: int) -> float:
+    """The relative loss that goes unseen on so many problems with a probability of 2.5 %."""
+    return 1 - 0.025 ** (1 / solved)

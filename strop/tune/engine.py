@@ -256,14 +256,15 @@ class Study:
     def _not_measured(self, rows: list[Row]) -> Iterator[dict[str, str]]:
         if not self.work.problems:
             yield {"what": "task exact match", "why": "the data has no answers"}
-        elif not any(self.bench.base_solved):
-            yield {"what": "loss of exact match", "why": "the model as it is solves none of the problems"}
-        elif (least := exact_match_floor(self.bench.base_solved)) > self.settings.max_drop:
-            yield {
-                "what": f"losses of exact match below {least:.1%}",
-                "why": f"{sum(self.bench.base_solved)} solved problems cannot show less: give more problems, "
-                "or allow a larger --max-drop",
-            }
+        elif rows[0]["quality"]:
+            solved = round(rows[0]["quality"]["exact_match"] * len(self.work.problems))
+            least = exact_match_floor(solved) if solved else 1.0
+            if least > self.settings.max_drop:
+                yield {
+                    "what": f"losses of exact match below {least:.1%}",
+                    "why": f"the model as it is solves {solved} of {len(self.work.problems)} problems, which "
+                    "cannot show less: give more problems, or allow a larger --max-drop",
+                }
         if not self.work.recall:
             yield {"what": "recall of planted keys", "why": "the data holds problems, or texts too short"}
         if self.left_out:
