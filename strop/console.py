@@ -175,12 +175,16 @@ def zoo_rows() -> list[dict[str, Any]]:
     rows = []
     for name in zoo_names():
         weights = sum(shard.stat().st_size for shard in zoo_path(name).glob("*.safetensors"))
-        try:
-            lines = [line for line in card(name).splitlines() if line.strip() and line[0] not in "#|-!<"]
-        except StropError:
-            lines = []
-        rows.append({"name": name, "bytes": weights, "about": lines[0] if lines else "no card"})
+        rows.append({"name": name, "bytes": weights, "about": _first_sentence(name)})
     return rows
+
+
+def _first_sentence(name: str) -> str:
+    try:
+        paragraphs = [part for part in card(name).split("\n\n") if part.strip() and part[0] not in "#|-!<"]
+    except StropError:
+        paragraphs = []
+    return " ".join(paragraphs[0].split()).partition(". ")[0].rstrip(".") + "." if paragraphs else "no card"
 
 
 def zoo_script(name: str) -> Path:
