@@ -35,7 +35,10 @@ BLOCKS = {"token": 1, "block": BLOCK}
 METHODS: tuple[KVMethod | None, ...] = (
     None,
     *(kind(bits_k=k, bits_v=v) for kind in (KVarN, KIVI, HadamardRTN) for k, v in ((4, 4), (4, 2), (2, 2))),
-    *(Quantized(backend=backend, bits=bits) for backend in ("hqq", "quanto") for bits in (4, 2)),
+    Quantized(backend="hqq", bits=4),
+    Quantized(backend="hqq", bits=2, group=32),
+    Quantized(backend="quanto", bits=4),
+    Quantized(backend="quanto", bits=2),
 )
 
 

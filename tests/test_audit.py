@@ -131,6 +131,26 @@ def test_time_per_token_counts_what_came_after_the_first(arrivals, first, later,
     assert generation_times(Speaker(), [[1, 2]], 3) == (first, later)
 
 
+def test_speed_is_a_ratio_within_rounds_and_drift_cancels(monkeypatch):
+    drift = iter(np.repeat(np.linspace(1, 3, 6), 2))
+    fast, slow = Reader(None), Reader(None)
+    monkeypatch.setattr(speeds, "generation_times", lambda *args: None)
+    monkeypatch.setattr(speeds, "LEAST_ROUNDS", 6)
+    monkeypatch.setattr(speeds, "SECONDS", 0.0)
+    order = []
+
+    def timings(lm, rows, steps):
+        order.append(lm)
+        factor = next(drift) * (1 if lm is fast else 2)
+        return 4 * factor, 1 * factor, 0.5 * factor
+
+    monkeypatch.setattr(speeds, "timings", timings)
+    found = speeds.speed(slow, fast, [[1]])
+    assert order[:4] == [slow, fast, fast, slow]
+    assert found.ttft_ratio == found.step_ratio == (0.5, 0.5, 0.5)
+    assert found.step_s == pytest.approx(2)
+
+
 def test_stamps_count_tokens():
     stamps = Stamps(torch.device("cpu"))
     for count in (5, 1, 3):

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import strop
+from strop.audit import speed
 from strop.kv import KIVI, HadamardRTN, KVarN
 from strop.kv.kvarn import varn
-from strop.tune import measure, workload
+from strop.tune import workload
 from strop.tune.engine import Settings, tune
 
 pytestmark = [
@@ -55,7 +56,8 @@ def test_seeded_sampling_is_that_of_the_cpu():
 
 def test_study_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(workload, "SCORED_TOKENS", 2000)
-    monkeypatch.setattr(measure, "ROUNDS", 2)
+    monkeypatch.setattr(speed, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
     settings = Settings(device="cuda", methods=("kvarn", "rtn"), context=600)
     study = tune("zoo:coder", None, tmp_path, settings)
     assert all(row["status"] == "measured" for row in study["rows"]), [r["reason"] for r in study["rows"]]

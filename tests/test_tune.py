@@ -24,6 +24,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from strop.audit import speed
 from strop.core.checkpoint import inspect, require_memory
 from strop.core.errors import StropError
 from strop.core.store import ResultStore
@@ -73,7 +74,8 @@ def small(monkeypatch):
     monkeypatch.setattr(workload, "CONTINUATION", 8)
     monkeypatch.setattr(workload, "KEYS_PER_DEPTH", 1)
     monkeypatch.setattr(measure, "CONTINUATION", 8)
-    monkeypatch.setattr(measure, "ROUNDS", 2)
+    monkeypatch.setattr(speed, "LEAST_ROUNDS", 2)
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """How long a recipe takes, always interleaved with its baseline in one process.
 
-Ratios are candidate over baseline, below 1 is faster. Each round times both, in alternating order; a ratio is
-that of the medians over rounds, its interval a bootstrap over rounds. The KV-attributable part of a step is
-the step at the stated context minus the step at context ~ 1, where next to nothing is cached.
+Ratios are candidate over baseline, below 1 is faster. Each round times both, in alternating order, and gives
+one ratio; the interval is a bootstrap over rounds. The KV-attributable part of a step is the step at the
+stated context minus the step at context ~ 1, where next to nothing is cached.
 """
 
 import time
@@ -18,7 +18,8 @@ from strop.audit.base import LanguageModel, bootstrap
 Ratio = tuple[float, float, float]
 """Estimate and 95 % interval."""
 
-ROUNDS = 5
+LEAST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 15, 8.0
+"""Rounds go on beyond the least until they took so long, or until the most."""
 STEPS = 16
 
 
@@ -82,31 +83,35 @@ def speed(
     base: LanguageModel,
     other: LanguageModel,
     rows: Sequence[Sequence[int]],
-    rounds: int = ROUNDS,
-    steps: int = STEPS,
-    step: Callable[[], None] = lambda: None,
+    step: Callable[[float], None] = lambda share: None,
 ) -> Speed:
-    """Time both models on a batch of prompts (token ids); `step` is called after each round."""
+    """Time both models on a batch of prompts (token ids); `step` hears the share done after each round."""
     for lm in (base, other):
         generation_times(lm, [row[:1] for row in rows], 2)
-    times = np.empty((rounds, 2, 3))
-    for index in range(rounds):
-        pair = [(0, base), (1, other)]
-        for which, lm in pair if index % 2 == 0 else reversed(pair):
-            times[index, which] = timings(lm, rows, steps)
-        step()
-    ttft, per_token, kv = (_ratio(times[:, :, column]) for column in range(3))
-    median = np.median(times[:, 1], axis=0)
+    rounds: list[list[tuple[float, float, float]]] = []
+    deadline = time.monotonic() + SECONDS
+    while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and time.monotonic() < deadline):
+        order = (base, other) if len(rounds) % 2 == 0 else (other, base)
+        timed = {id(lm): timings(lm, rows, STEPS) for lm in order}
+        rounds.append([timed[id(base)], timed[id(other)]])
+        step(min(len(rounds) / LEAST_ROUNDS, 1.0))
+    times = np.array(rounds)
     kv_base = times[:, 0, 2]
     measurable = np.median(kv_base) > 2 * kv_base.std() and np.median(kv_base) > 0
-    return Speed(*(float(x) for x in median), ttft, per_token, kv if measurable else None)
+    return Speed(
+        *(float(x) for x in np.median(times[:, 1], axis=0)),
+        bootstrap(times[:, :, 0], _median_of_ratios),
+        bootstrap(times[:, :, 1], _median_of_ratios),
+        bootstrap(times[:, :, 2], _ratio_of_medians) if measurable else None,
+    )
 
 
-def _ratio(times: np.ndarray) -> Ratio:
-    """Median time of the candidate over that of the baseline, `times` `[rounds, 2]`."""
+def _median_of_ratios(sample: np.ndarray) -> np.ndarray:
+    """Candidate over baseline, `[m, rounds, 2]` to `[m]`: what drifts between rounds cancels."""
+    return np.median(sample[:, :, 1] / sample[:, :, 0], axis=1)
 
-    def of(sample: np.ndarray) -> np.ndarray:
-        medians = np.median(sample, axis=1)
-        return medians[:, 1] / medians[:, 0]
 
-    return bootstrap(times, of)
+def _ratio_of_medians(sample: np.ndarray) -> np.ndarray:
+    """The same for differences of times, of which a single round's may be near zero."""
+    medians = np.median(sample, axis=1)
+    return medians[:, 1] / medians[:, 0]

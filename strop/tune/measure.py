@@ -8,7 +8,7 @@ from typing import Any
 
 from strop.audit.memory import fill_cache
 from strop.audit.quality import agreement, exact_match_loss, text_quality
-from strop.audit.speed import ROUNDS, speed
+from strop.audit.speed import speed
 from strop.core.errors import StropError
 from strop.model import Model
 from strop.recipe import SLOTS, Recipe, label
@@ -83,12 +83,9 @@ class Bench:
 
     def speed(self, model: Model, report: Report) -> dict[str, Any]:
         """Times and ratios; the baseline against itself shows the noise of the machine."""
-        done = 0
 
-        def step() -> None:
-            nonlocal done
-            done += 1
-            report("speed", 0.7 + 0.3 * done / ROUNDS)
+        def step(share: float) -> None:
+            report("speed", 0.7 + 0.3 * share)
 
         rows = self.work.speed_rows
         if model.recipe.decode is not None and len(rows) > 1:
