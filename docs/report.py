@@ -7,6 +7,7 @@ Reads docs/results/*.json, which `make report` measures; a table whose file is m
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,24 @@ def claims(results: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n{where}"
 
 
+def short(results: dict[str, Any]) -> str:
+    """Every claim and its verdict, no more."""
+    rows = [[claim["paper"], claim["claim"], claim["verdict"]] for claim in results["claims"]]
+    return table(["paper", "claim", "here"], rows)
+
+
+def verdicts(results: dict[str, Any]) -> str:
+    """How many claims got which verdict, in one line."""
+    tally = Counter(claim["verdict"] for claim in results["claims"])
+    return ", ".join(f"{count} {verdict}" for verdict, count in tally.items())
+
+
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "demo": ("demo.json", demo),
     "kv": ("kv.json", kv),
     "claims": ("claims.json", claims),
+    "short": ("claims.json", short),
+    "kvarn": ("claims.json", verdicts),
 }
 
 
@@ -124,7 +139,8 @@ def main() -> None:
             path = HERE / "results" / file
             if path.exists():
                 body = render(json.loads(path.read_text(encoding="utf-8")))
-                block = f"<!-- {name} -->\n{body}\n<!-- end {name} -->"
+                edge = "\n" if "\n" in body else ""
+                block = f"<!-- {name} -->{edge}{body}{edge}<!-- end {name} -->"
                 text = re.sub(
                     rf"<!-- {name} -->.*?<!-- end {name} -->", lambda _, block=block: block, text, flags=re.S
                 )
