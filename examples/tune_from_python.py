@@ -8,7 +8,8 @@ from pathlib import Path
 import strop
 from strop.kv import KVarN
 from strop.tasks.python_source import held_out_text
-from strop.tune.engine import Settings, tune
+from strop.tune.engine import tune
+from strop.tune.settings import Settings
 
 out = Path("runs/example")
 out.mkdir(parents=True, exist_ok=True)
@@ -25,8 +26,8 @@ for row in study["rows"]:
         print(f"{row['label']:>20}: memory {memory:.2f}, drop at most {drop:.2%}{mark}")
 
 lm = strop.load(out / "recipe.yaml")
-print(lm.generate(["def main():\n"], max_new_tokens=24))
+print(lm.generate(["def main():"], max_new_tokens=24))
 
 # The same methods without a study:
 thin = strop.load("zoo:coder").with_(kv=KVarN(bits=2))
-print(thin.generate(["def main():\n"], max_new_tokens=24, seed=0))
+print(thin.generate(["def main():"], max_new_tokens=24, seed=0))

@@ -1,0 +1,26 @@
+"""Every example runs from any folder, as its docstring says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(example, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(example.parents[1])}
+    run = subprocess.run(
+        [sys.executable, str(example)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=400,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "kvarn" in run.stdout and "Traceback" not in run.stderr
