@@ -44,6 +44,8 @@ report: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/measure_kv.py --out docs/results/kv.json
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/measure_claims.py --out docs/results/claims.json
 	$(BIN)/python docs/report.py
+	if command -v chromium > /dev/null; then chromium --headless --no-sandbox --disable-gpu --hide-scrollbars \
+		--window-size=1200,1680 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html 2> /dev/null; fi
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
