@@ -27,17 +27,6 @@ class Verbatim(TileCodec):
     def decode(self, records: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         return records.contiguous().view(torch.float32).unflatten(-1, (-1, dim)).chunk(2, dim=-2)
 
-    def scores(self, query: Tensor, records: Tensor) -> Tensor:
-        return query @ _side_by_side(self.decode(records, query.shape[-1])[0]).transpose(-1, -2)
-
-    def accumulate(self, weights: Tensor, records: Tensor, dim: int) -> Tensor:
-        return weights @ _side_by_side(self.decode(records, dim)[1])
-
-
-def _side_by_side(tiles: Tensor) -> Tensor:
-    """`[B, N, H, G, D]` to `[B, H, N * G, D]`."""
-    return tiles.transpose(1, 2).flatten(2, 3)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Exact(TiledKV):

@@ -43,12 +43,6 @@ class Identity(TileCodec):
         tiles = records.view(torch.float32).unflatten(-1, (2, self.group, dim))
         return tiles[..., 0, :, :], tiles[..., 1, :, :]
 
-    def scores(self, query: Tensor, records: Tensor) -> Tensor:
-        raise NotImplementedError("codecs of experiments are read densely")
-
-    def accumulate(self, weights: Tensor, records: Tensor, dim: int) -> Tensor:
-        raise NotImplementedError("codecs of experiments are read densely")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Uncoded(TiledKV):

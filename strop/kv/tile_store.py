@@ -18,7 +18,10 @@ TILES_AT_ONCE = 32
 
 
 class TileCodec(ABC):
-    """Packs `group` tokens of one KV head into one record of bytes, and attends over records."""
+    """Packs `group` tokens of one KV head into one record of bytes, and attends over records.
+
+    `scores` and `accumulate` decode whole tiles here; a codec that can compute on its codes overrides them.
+    """
 
     group: int
 
@@ -38,14 +41,19 @@ class TileCodec(ABC):
     def decode(self, records: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """Undo `encode` up to rounding: keys and values `[..., G, D]` float32."""
 
-    @abstractmethod
     def scores(self, query: Tensor, records: Tensor) -> Tensor:
         """Unscaled logits `[B, H_kv, R, N * G]` of `query` `[B, H_kv, R, D]` on records
-        `[B, N, H_kv, bytes]`, without forming the keys."""
+        `[B, N, H_kv, bytes]`."""
+        return query @ _side_by_side(self.decode(records, query.shape[-1])[0]).transpose(-1, -2)
 
-    @abstractmethod
     def accumulate(self, weights: Tensor, records: Tensor, dim: int) -> Tensor:
-        """Weighted sum of values `[B, H_kv, R, D]`, weights `[B, H_kv, R, N * G]`, without forming them."""
+        """Weighted sum of values `[B, H_kv, R, D]`, weights `[B, H_kv, R, N * G]`."""
+        return weights @ _side_by_side(self.decode(records, dim)[1])
+
+
+def _side_by_side(tiles: Tensor) -> Tensor:
+    """Tiles `[B, N, H_kv, G, D]` as tokens `[B, H_kv, N * G, D]`."""
+    return tiles.transpose(1, 2).flatten(2, 3)
 
 
 class Places(NamedTuple):

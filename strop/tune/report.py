@@ -210,6 +210,7 @@ def view(study: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def asset(name: str) -> str:
+    """A file of the page."""
     return resources.files("strop.tune").joinpath(name).read_text(encoding="utf-8")
 
 

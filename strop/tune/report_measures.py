@@ -57,10 +57,12 @@ def pick(row: Row, path: str) -> Any:
 
 
 def ratio(value: float) -> str:
+    """A ratio, finer below a tenth."""
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
 
 
 def percent(value: float) -> str:
+    """A measured share of 1 in percent."""
     hundredths = 100 * value
     digits = 2 if 0 < abs(hundredths) < 10 else 1 if 0 < abs(hundredths) < 100 else 0
     return f"{hundredths:z.{digits}f}\N{NO-BREAK SPACE}%".replace("-", "\N{MINUS SIGN}")
@@ -72,10 +74,12 @@ def share(value: float) -> str:
 
 
 def allowed(max_drop: float | None) -> str:
+    """What the user allows."""
     return "the allowed drop" + ("" if max_drop is None else f" of {share(max_drop)}")
 
 
 def size(value: float) -> str:
+    """Bytes with a binary unit."""
     power = min(4, max(0, (int(abs(value)).bit_length() - 1) // 10))
     scaled = value / 1024**power
     digits = f"{scaled:.0f}" if power == 0 or scaled >= 1000 else f"{scaled:.3g}"
@@ -83,16 +87,19 @@ def size(value: float) -> str:
 
 
 def small(value: float) -> str:
+    """Two digits of a number that may be tiny."""
     digits = f"{value:#.2g}".rstrip(".") if value else "0"
     return digits.replace("e-0", "e-").replace("-", "\N{MINUS SIGN}")
 
 
 def seconds(value: float) -> str:
+    """A time in seconds or milliseconds."""
     scaled, unit = (1000 * value, "ms") if value < 1 else (value, "s")
     return f"{scaled:.3g}\N{NO-BREAK SPACE}{unit}"
 
 
 def join(*parts: str) -> str:
+    """The parts that are there, in one line."""
     return ", ".join(part for part in parts if part)
 
 
@@ -103,6 +110,7 @@ def shown(row: Row, path: str, show: Callable[[Any], str], wording: str = "{}") 
 
 
 def between(low: float | None, high: float | None, show: Callable[[float], str]) -> str:
+    """An interval, or nothing where it has no ends."""
     return "" if low is None or high is None else f"{show(low)} to {show(high)}"
 
 
@@ -117,10 +125,12 @@ def timing(part: str) -> Callable[[Row], str]:
 
 
 def kl_interval(row: Row) -> str:
+    """The note under KL."""
     return between(pick(row, "quality.kl_lo"), pick(row, "quality.kl_hi"), small)
 
 
 def perplexity(row: Row) -> str:
+    """The note under the rise of perplexity."""
     return join(
         shown(row, "quality.ppl_rise_hi", percent, "up to {}"),
         shown(row, "quality.ppl", "{:.3f}".format, "ppl {}"),
@@ -128,6 +138,7 @@ def perplexity(row: Row) -> str:
 
 
 def answers(row: Row) -> str:
+    """The note under exact match."""
     return join(
         shown(row, "quality.exact_match_loss", percent, "loss {}"),
         shown(row, "quality.exact_match_loss_hi", percent, "up to {}"),
@@ -135,6 +146,7 @@ def answers(row: Row) -> str:
 
 
 def kv_held(row: Row) -> str:
+    """The note under the cache's bytes."""
     return join(
         shown(row, "memory.kv_bits_per_element", "{:.3g}".format, "{} bits each"),
         shown(row, "memory.kv_bytes_measured", size, "held {}"),
@@ -142,6 +154,7 @@ def kv_held(row: Row) -> str:
 
 
 def worst_depth(row: Row) -> str:
+    """The note under recall."""
     known = {k: v for k, v in pick(row, "quality.recall").items() if v is not None}
     return f"at depth {min(known, key=lambda depth: known[depth])}"
 
