@@ -81,11 +81,11 @@ def measure(name: str) -> list[dict]:
             "kl": [quality.kl, quality.kl_lo, quality.kl_hi],
             "kl_by": by_token(base, lm, work.texts[0]),
             "ppl_rise": [quality.ppl_rise, quality.ppl_rise_lo, quality.ppl_rise_hi],
-            "exact_match": None,
+            "solved": None,
         }
         if work.problems:
             now = solved(lm, work)
-            row["exact_match"] = sum(now) / len(now)
+            row["solved"] = [sum(now), len(now)]
             row["exact_match_loss"] = exact_match_loss(right, now)
         rows.append(row)
     return rows

@@ -29,11 +29,6 @@ def measured_on(machine: dict[str, Any]) -> str:
     return f"Measured on {where}; {versions}; {machine['date'][:10]}."
 
 
-def number(value: float | None, form: str) -> str:
-    """A number, or a dash."""
-    return "-" if value is None else format(value, form)
-
-
 def demo(study: dict[str, Any]) -> str:
     """The frontier of the demo."""
     rows = []
@@ -80,7 +75,7 @@ def kv(results: dict[str, Any]) -> str:
                 *sizes,
                 f"{kl:.4f} ({low:.4f} to {high:.4f})",
                 single,
-                number(row["exact_match"], ".1%"),
+                "{} of {}".format(*row["solved"]) if row["solved"] else "-",
             ]
         )
     contexts = [f"bytes/token at {context} (mean)" for context in results["rows"][0]["bytes_per_token"]]

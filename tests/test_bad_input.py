@@ -139,7 +139,9 @@ def weight_missing(model: Path) -> None:
 
 
 def shard_missing(model: Path) -> None:
-    index = {"weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    (model / "model.safetensors").rename(model / names[0])
+    index = {"weight_map": dict(zip(("model.embed_tokens.weight", "model.norm.weight"), names, strict=True))}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

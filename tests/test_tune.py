@@ -34,7 +34,7 @@ from strop.recipe import Recipe
 from strop.tasks.data import Data, Row, read_data
 from strop.tune import engine, measure, workload
 from strop.tune.engine import Settings, tune
-from strop.tune.frontier import dominates, judge
+from strop.tune.frontier import dominates, judge, step_ratio
 
 SHAPE = {
     "vocab_size": 257,
@@ -124,6 +124,9 @@ def test_judge_names_what_dominates():
 def test_noise_neither_chooses_nor_dominates():
     rows = [row("as is", 1, 1.03, 0), row("noisy", 1, 0.97, 0), row("fast", 1, 0.8, 0.001)]
     rows[1]["speed"]["step_ratio"] = [0.97, 0.9, 1.05]
+    wide = row("wide", 1, 1.3, 0)
+    wide["speed"]["step_ratio"] = [1.3, 0.95, 1.6]
+    assert step_ratio(wide) == 1.3 and step_ratio(rows[1]) == 1 == step_ratio(rows[0])
     assert judge(rows[:2], "speed", 0.01)["label"] == "as is"
     assert rows[0]["dominated_by"] is None and rows[1]["dominated_by"] is None
     assert judge(rows, "speed", 0.01)["label"] == "fast"
@@ -240,6 +243,8 @@ def test_a_folder_that_no_study_wrote_is_left_alone(model, text, tmp_path):
         study = tune(str(model), text, tmp_path / "out", settings, resume=True)
         assert Recipe.load(checkpoint / "strop.yaml").to_dict()["weights"] and "vllm" in study["commands"][2]
     assert not list((tmp_path / "out").glob(".*"))
+    study = tune(str(model), text, tmp_path / "out", Settings(methods=("prompt_lookup",), objective="speed"))
+    assert "rtn" not in study["chosen"] and not checkpoint.exists(), "it belonged to another recipe"
 
 
 def test_the_commands_repeat_the_study(model, text, tmp_path):
@@ -275,7 +280,18 @@ def test_a_long_text_is_sampled(model, monkeypatch):
 
 @pytest.mark.parametrize(
     ("completion", "right"),
-    [("72", True), ("72\nSo", True), ("3 * 24 = 72.\n", True), ("is 172", False), ("72 or 73", False)],
+    [
+        ("72", True),
+        ("72\nSo", True),
+        ("3 * 24 = 72.\n", True),
+        ("is 172", False),
+        ("72 or 73", False),
+        ("x = 3.72", False),
+        ("so it is -72", False),
+        ("total 1,72.", False),
+        ("1/72", False),
+        ("x=72", True),
+    ],
 )
 def test_an_answer_may_stand_at_the_end(completion, right):
     assert workload.answered(str.strip, "72", completion) is right

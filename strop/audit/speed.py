@@ -91,9 +91,10 @@ def speed(
     rounds: list[list[tuple[float, float, float]]] = []
     deadline = time.monotonic() + SECONDS
     while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and time.monotonic() < deadline):
-        order = (base, other) if len(rounds) % 2 == 0 else (other, base)
-        timed = {id(lm): timings(lm, rows, STEPS) for lm in order}
-        rounds.append([timed[id(base)], timed[id(other)]])
+        pair = ((0, base), (1, other))
+        order = pair if len(rounds) % 2 == 0 else reversed(pair)
+        timed = {which: timings(lm, rows, STEPS) for which, lm in order}
+        rounds.append([timed[0], timed[1]])
         step(min(len(rounds) / LEAST_ROUNDS, 1.0))
     times = np.array(rounds)
     kv_base = times[:, 0, 2]

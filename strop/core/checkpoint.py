@@ -93,9 +93,9 @@ def _config(path: Path) -> dict:
 
 def _shards(path: Path) -> tuple[Path, ...]:
     """The files that transformers will read; a folder may hold the same weights in another form as well."""
-    index, present = path / INDEX, sorted(path.glob("*.safetensors"))
-    if not index.exists():
-        return tuple(shard for shard in present if shard.name == "model.safetensors") or tuple(present)
+    index, single, present = path / INDEX, path / "model.safetensors", sorted(path.glob("*.safetensors"))
+    if single.exists() or not index.exists():
+        return (single,) if single.exists() else tuple(present)
     try:
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -134,8 +134,9 @@ def require_memory(checkpoint: Checkpoint, itemsize: float, available: int | Non
     needed = int(checkpoint.elements * itemsize) or checkpoint.bytes
     free = psutil.virtual_memory().available if available is None else available
     if needed > free:
-        gib, smaller = 1 << 30, int(checkpoint.elements * 2) < needed
+        gib = 1 << 30
+        smaller = " or a smaller dtype (--dtype bf16)" if checkpoint.elements * 2 < needed else ""
         raise StropError(
             f"{checkpoint.path} needs {needed / gib:.1f} GiB for its weights and {free / gib:.1f} GiB of "
-            f"memory are free: use a larger machine{' or a smaller dtype (--dtype bf16)' * smaller}"
+            f"memory are free: use a larger machine{smaller}"
         )

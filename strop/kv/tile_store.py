@@ -152,27 +152,23 @@ class TileStore:
     def check(self) -> None:
         """Raise ValueError unless every real token is held once and every record is used."""
         batch, heads, _, dim = self.keys.shape
+        record = (heads, self.codec.record_bytes(dim))
+        _require(self.keys.shape == self.values.shape, "keys and values of different shapes")
+        _require(self.records.shape[1:] == record, "records of another size")
+        _require(self.records.dtype == torch.uint8, "records that are no bytes")
+        _require(self.table.dim() == 2 and len(self.table) == batch, "a table of another batch")
+        _require(self.first.shape == self.sunk.shape == (batch,), "rows without a start")
+        _require(self.sink_slots in (0, self.sinks) and 0 <= self.base <= self.end, "columns out of range")
+        _require((self.first >= 0).all() and (self.first <= self.end).all(), "rows that start out of range")
+        _require(((self.sunk == 0) | (self.sunk == self.sink_slots)).all(), "half of the sinks")
+        _require((self.tail_start >= self.base).all(), "a token that is in no region")
+        _require(((self.packed == 0) | (self.tail_start <= self.end)).all(), "more tiles than tokens")
         held = self.table >= 0
-        for holds, otherwise in (
-            (self.keys.shape == self.values.shape, "keys and values differ in shape"),
-            (self.records.shape[1:] == (heads, self.codec.record_bytes(dim)), "records of another size"),
-            (self.records.dtype == torch.uint8, "records that are no bytes"),
-            (len(self.table) == batch, "a table of another batch"),
-            (self.first.shape == self.sunk.shape == (batch,), "rows without a start"),
-            (self.sink_slots in (0, self.sinks) and 0 <= self.base <= self.end, "columns out of range"),
-            ((self.first >= 0).all() and (self.first <= self.end).all(), "rows that start out of range"),
-            ((self.tail_start >= self.base).all(), "a token that is in no region"),
-            ((self.packed == 0).logical_or(self.tail_start <= self.end).all(), "more tiles than tokens"),
-            (((self.sunk == 0) | (self.sunk == self.sink_slots)).all(), "half of the sinks"),
-            ((held[:, :-1] >= held[:, 1:]).all() and (self.table >= -1).all(), "a hole among a row's tiles"),
-            (self.table[held].unique().tolist() == list(range(len(self.records))), "records without a place"),
-            (all(len(row.unique()) == len(row) for row in self._tiles_of_rows()), "a tile twice in one row"),
-        ):
-            if not holds:
-                raise ValueError(f"this cache holds {otherwise}")
-
-    def _tiles_of_rows(self) -> list[Tensor]:
-        return [row[row >= 0] for row in self.table]
+        _require((held[:, :-1] >= held[:, 1:]).all() and (self.table >= -1).all(), "a hole among its tiles")
+        tiles = [row[row >= 0] for row in self.table]
+        _require(all(len(row.unique()) == len(row) for row in tiles), "a tile twice in one row")
+        used = torch.cat(tiles).unique().tolist()
+        _require(used == list(range(len(self.records))), "records without a place")
 
     # What changes it.
 
@@ -270,6 +266,11 @@ class TileStore:
         if len(tiles) < len(self.records):
             self.records = self.records[tiles.to(self.records.device)]
         self._note()
+
+
+def _require(holds: Any, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(f"this cache holds {otherwise}")
 
 
 def _take(held: Tensor, rows: Tensor, slots: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ rows go to SQLite as soon as they are complete, keyed by everything that a numbe
 import itertools
 import math
 import shlex
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from strop.tune.frontier import Row, judge
 from strop.tune.measure import Bench, Report, describe
 from strop.tune.report import write_report
 from strop.tune.settings import Settings
-from strop.tune.workload import Workload, build
+from strop.tune.workload import PROBLEMS, Workload, build
 from strop.weights.export import export
 
 EXPORTED = "strop.yaml"
@@ -72,8 +73,7 @@ def tune(
         shlex.join(["strop", "generate", place, "--prompt", "def ", *settings.options(only=where)]),
         shlex.join(["strop", "measure", place, *data_words, *again]),
     ]
-    if recipe.weights is not None:
-        _export(base.with_(weights=recipe.weights), out / "checkpoint", result)
+    _export(base.with_(weights=recipe.weights), out / "checkpoint", result)
     write_report(result, out / "report.html")
     return result
 
@@ -86,20 +86,27 @@ def _absolute(name: str) -> str:
 def _export(model: Model, folder: Path, result: dict[str, Any]) -> None:
     """Write the chosen weights as a compressed-tensors folder, and tell the study how to serve it.
 
-    A folder in its place is replaced once the new one is whole, and only if an earlier study wrote it.
+    The folder of an earlier study goes, replaced once the new one is whole; any other stays as it is.
     """
+    old = (folder / EXPORTED).is_file()
+    if model.recipe.weights is None:
+        if old:
+            shutil.rmtree(folder)
+        return
     try:
-        if folder.exists() and not (folder / EXPORTED).is_file():
+        if folder.exists() and not old:
             raise StropError(f"{folder} is there already and was not written by a study")
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
             fresh = export(model.model, model.tokenizer, Path(place) / "new")
             model.recipe.save(fresh / EXPORTED)
-            if folder.exists():
-                folder.rename(Path(place) / "old")
+            if old:
+                shutil.rmtree(folder)
             fresh.rename(folder)
         note = "; vLLM's CPU build takes 4 bits only" if model.recipe.weights.bits == 8 else ""
         result["commands"].append(f"vllm serve {shlex.quote(str(folder))}  # the weights slot alone{note}")
     except (StropError, OSError) as error:
+        if old:
+            shutil.rmtree(folder, ignore_errors=True)
         result["not_measured"].append({"what": "a checkpoint of the chosen weights", "why": str(error)})
 
 
@@ -188,7 +195,8 @@ class Study:
     def _measure(self, recipe: Recipe, index: int, total: int) -> Row:
         label = recipe.label()
         names = self._names(recipe)
-        key = digest(names, self.settings.batch, self.work.context, self.settings.dtype, environment())
+        told = (self.settings.batch, self.work.context, self.settings.dtype, self.settings.device)
+        key = digest(names, told, environment())
         row = self.store.get(key) if self.resume else None
         if row is not None and row["status"] == "measured":
             return row | {"reused": True}
@@ -259,11 +267,12 @@ class Study:
         elif rows[0]["quality"]:
             solved = round(rows[0]["quality"]["exact_match"] * len(self.work.problems))
             least = exact_match_floor(solved) if solved else 1.0
+            more = "give more problems, or " if len(self.work.problems) < PROBLEMS else ""
             if least > self.settings.max_drop:
                 yield {
                     "what": f"losses of exact match below {least:.1%}",
                     "why": f"the model as it is solves {solved} of {len(self.work.problems)} problems, which "
-                    "cannot show less: give more problems, or allow a larger --max-drop",
+                    f"cannot show less: {more}allow a larger --max-drop",
                 }
         if not self.work.recall:
             yield {"what": "recall of planted keys", "why": "the data holds problems, or texts too short"}

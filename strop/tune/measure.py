@@ -76,7 +76,8 @@ class Bench:
             quality["exact_match"] = sum(right) / len(right)
             if found := exact_match_loss(self.base_solved, right, self.seed):
                 loss, _, high = found
-                sure = loss == 0 and all(method.lossless for method in model.recipe.methods().values())
+                lossless = all(method.lossless for method in model.recipe.methods().values())
+                sure = lossless and right == self.base_solved
                 quality |= {"exact_match_loss": loss, "exact_match_loss_hi": 0.0 if sure else high}
         drops = (quality["ppl_rise_hi"], quality["exact_match_loss_hi"])
         return quality | {"drop_hi": max(drop for drop in drops if drop is not None)}
@@ -140,7 +141,8 @@ def in_batches(model: Model, rows: Sequence[Sequence[int]], tokens: Sequence[int
         part = slice(start, start + size)
         longest = max(len(row) for row in rows[part])
         room = model.context_limit - longest
-        out += model.generate_ids(rows[part], min(max(tokens[part]), room))
+        new = model.generate_ids(rows[part], min(max(tokens[part]), room))
+        out += [ids[:most] for ids, most in zip(new, tokens[part], strict=True)]
     return out
 
 

@@ -3,14 +3,16 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 import numpy as np
 
+from strop.audit.quality import BLOCK
 from strop.core.errors import StropError
 from strop.model import Model
 from strop.tasks.base import Example, is_right
-from strop.tasks.data import Data, Row
+from strop.tasks.data import Data, Kind, Row
 from strop.tasks.reasoning import final_answer
 from strop.tasks.recall import first_digits, passkeys
 
@@ -29,10 +31,12 @@ NEW_TOKENS = 64
 CONTINUATION = 48
 """Tokens of a continuation."""
 PROBLEMS = 400
-"""Problems with answers, at most; fewer than 370 cannot show a loss below 1 %."""
+"""Problems with answers, at most. To show a loss below 1 % takes 368 that the model as it is solves."""
 ANSWER_TOKENS = 256
 """New tokens that an answer may take whose way there is unknown."""
 KEYS_PER_DEPTH = 3
+LEAST_SCORED = BLOCK + 2
+"""Tokens of a single text below which it makes one block, which bounds nothing."""
 SHORTEST = 16
 """Tokens below which a text is left out."""
 
@@ -88,11 +92,16 @@ def build(model: Model, data: Data, context: int | None, batch: int, seed: int) 
     if max(map(len, full)) < context:
         full = [_joined(full, context, data.name)]
     texts = _texts(full, context, seed)
+    if len(texts) == 1 and len(texts[0]) < LEAST_SCORED:
+        raise StropError(
+            f"{data.name} has {len(texts[0])} tokens to score, too few to bound a drop: "
+            f"give at least {LEAST_SCORED}"
+        )
     return Workload(
         texts=texts,
-        prompts=_prompts(model, data, texts),
-        problems=_problems(model, data),
-        recall=_recall(model, data, context, seed),
+        prompts=_prompts(model, data.kind, rows, texts),
+        problems=_problems(model, rows),
+        recall=_recall(model, data.kind, rows, context, seed),
         context=context,
         speed_rows=tuple(_repeat(texts, context, start) for start in range(batch)),
         extract=final_answer if data.kind == "reasoning" else str.strip,
@@ -107,7 +116,8 @@ def answered(extract: Callable[[str], str | None], answer: str, completion: str)
     said = (completion, lines[0], lines[-1])
     if any(is_right(example, part, extract) for part in said):
         return True
-    return bool(example.answer and re.search(rf"(?<!\w){re.escape(example.answer)}[\s.!]*$", lines[-1]))
+    ending = rf"(?:^|[\s=:$(]){re.escape(example.answer or '')}[\s.!)]*$"
+    return bool(example.answer and re.search(ending, lines[-1]))
 
 
 def recalled(example: Example, completion: str) -> bool:
@@ -159,18 +169,19 @@ def _texts(full: Sequence[Sequence[int]], context: int, seed: int) -> tuple[tupl
     return tuple(chosen)
 
 
-def _prompts(model: Model, data: Data, texts: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:
-    if data.kind == "text":
+def _prompts(
+    model: Model, kind: Kind, rows: Sequence[Row], texts: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    if kind == "text":
         return tuple(tuple(ids[: max(len(ids) - CONTINUATION, 1)]) for ids in texts[:CONTINUED])
     room = model.context_limit - NEW_TOKENS
-    ids = [tuple(model.encode(row.prompt)) for row in data.rows]
-    return tuple(row for row in ids if 0 < len(row) <= room)[:CONTINUED]
+    encoded = (tuple(model.encode(row.prompt)) for row in rows)
+    return tuple(islice((ids for ids in encoded if 0 < len(ids) <= room), CONTINUED))
 
 
-def _problems(model: Model, data: Data) -> tuple[Problem, ...]:
-    rows = [row for row in data.rows if row.answer is not None][:PROBLEMS]
+def _problems(model: Model, rows: Sequence[Row]) -> tuple[Problem, ...]:
     found = []
-    for row in rows:
+    for row in islice((row for row in rows if row.answer is not None), PROBLEMS):
         ids = tuple(model.encode(row.prompt))
         worked = len(_answer_ids(model, row.solution or row.answer)) * 5 // 4 + 16
         wanted = worked if row.solution else max(worked, ANSWER_TOKENS)
@@ -180,11 +191,13 @@ def _problems(model: Model, data: Data) -> tuple[Problem, ...]:
     return tuple(found)
 
 
-def _recall(model: Model, data: Data, context: int, seed: int) -> tuple[tuple[float, Example], ...]:
-    filler = [model.text(row.prompt) for row in data.rows]
+def _recall(
+    model: Model, kind: Kind, rows: Sequence[Row], context: int, seed: int
+) -> tuple[tuple[float, Example], ...]:
     length = int(min(context, model.context_limit - 64) * 0.8)
-    if data.kind == "reasoning" or length < 64:
+    if kind == "reasoning" or length < 64:
         return ()
+    filler = [model.text(row.prompt) for row in rows]
 
     def count_tokens(text: str) -> int:
         return len(_answer_ids(model, text))
