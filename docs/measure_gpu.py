@@ -87,6 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("no CUDA device is visible: run this on a machine with an NVIDIA GPU")
     rows = [flush(name, **shape) for name, shape in SHAPES.items()]
     rows += [step(name, context, **shape) for name, shape in SHAPES.items() for context in CONTEXTS]
     with atomic(args.out) as file:
