@@ -86,9 +86,10 @@ def _absolute(name: str) -> str:
 def _export(model: Model, folder: Path, result: dict[str, Any]) -> None:
     """Write the chosen weights as a compressed-tensors folder, and tell the study how to serve it.
 
-    The folder of an earlier study goes, replaced once the new one is whole; any other stays as it is.
+    The folder of an earlier study goes, replaced once the new one is whole; any other stays as it is, and so
+    does one that holds the model itself.
     """
-    old = (folder / EXPORTED).is_file()
+    old = (folder / EXPORTED).is_file() and folder.resolve() != model.checkpoint.path.resolve()
     if model.recipe.weights is None:
         if old:
             shutil.rmtree(folder)
