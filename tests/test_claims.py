@@ -158,8 +158,9 @@ def test_the_dense_reading_is_what_the_packed_cache_holds(bed, kind, sinks):
     caches = coded_cache(model, method), method.new_cache(model.config)
     logits = [torch.cat(list(pseudo_decode(model, bed.coder.tokens, cache)), 1) for cache in caches]
     apart = (logits[0] - logits[1]).abs()
-    assert apart.mean() < 1e-3, "float noise decides only where a value lies between two codes"
-    assert apart[:, :64].max() < 1e-4
+    same = (apart <= 2e-3 + 1e-5 * logits[1].abs()).all(-1).float().mean()
+    assert same == 1 if kind is not VarN else same > 0.85, "a value between two codes may fall either way"
+    assert apart.mean() < 1e-3 and apart[:, :64].max() < 1e-4
     for layer, packed in zip(caches[0].layers, caches[1].layers, strict=True):
         layer._settle()
         held, read = layer.keys[:, :, : layer.seen], packed.dense()[0]
