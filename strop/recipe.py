@@ -18,7 +18,21 @@ from strop.core.errors import StropError
 from strop.core.files import atomic, did_you_mean, digest
 from strop.core.method import Method
 from strop.decode import DecodeMethod, PromptLookup
-from strop.kv import KIVI, HadamardRTN, KVarN, KVMethod, Quantized
+from strop.kv import (
+    KIVI,
+    RKV,
+    CurDKV,
+    EvictLarge,
+    HadamardRTN,
+    KVarN,
+    KVMethod,
+    Quantized,
+    RandomEviction,
+    SnapKV,
+    StreamingLLM,
+    VaSE,
+    VaSEDKV,
+)
 from strop.weights import RTN, WeightMethod
 
 VERSION = 1
@@ -28,7 +42,20 @@ AS_IS = "as is"
 METHODS: dict[str, dict[str, type]] = {
     "prune": {},
     "weights": {"rtn": RTN},
-    "kv": {"kvarn": KVarN, "kivi": KIVI, "hadamard": HadamardRTN, "quantized": Quantized},
+    "kv": {
+        "kvarn": KVarN,
+        "kivi": KIVI,
+        "hadamard": HadamardRTN,
+        "quantized": Quantized,
+        "vase": VaSE,
+        "vase_dkv": VaSEDKV,
+        "snapkv": SnapKV,
+        "rkv": RKV,
+        "curdkv": CurDKV,
+        "streaming": StreamingLLM,
+        "random": RandomEviction,
+        "evict_large": EvictLarge,
+    },
     "reuse": {},
     "decode": {"prompt_lookup": PromptLookup},
     "rollout": {},

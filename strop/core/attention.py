@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -69,6 +70,29 @@ def attend_dense(
     """Attention over plain keys and values `[B, H_kv, n, D]`; `query` `[B, H_kv, R, D]` float32."""
     scores = cap(query @ keys.float().transpose(-1, -2) * scaling, softcap)
     return partial_attention(scores, visible, lambda weights: weights @ values.float())
+
+
+def attend_plain(
+    query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scaling: float
+) -> Tensor:
+    """SDPA of `query` `[B, H_q, q, D]` over keys and values `[B, H_kv, n, D]`: `[B, q, H_q, D]`.
+
+    `visible` is bool, `[B, 1 or H_q, q, n]`; None: one query sees all, the q queries of a prompt (q = n) are
+    causal. These are the calls of transformers' own SDPA, so its results to the bit.
+    """
+    (batch, heads, queries, dim), heads_kv = query.shape, keys.shape[1]
+    groups = heads // heads_kv
+    shared = {"scale": scaling, "enable_gqa": groups > 1 and visible is None}
+    if visible is not None and queries == 1:
+        query = query.reshape(batch, heads_kv, groups, dim)
+        visible = visible if visible.shape[1] == 1 else visible.reshape(batch, heads_kv, groups, -1)
+    elif visible is not None:
+        keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
+    causal_only = visible is None and queries > 1
+    out = scaled_dot_product_attention(
+        query, keys, values, attn_mask=visible, is_causal=causal_only, **shared
+    )
+    return out.reshape(batch, heads, queries, dim).transpose(1, 2).contiguous()
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

@@ -150,6 +150,30 @@ class KVCache(DynamicCache):
         return tensor_bytes(self.layers)
 
 
+def require(holds: Any, otherwise: str) -> None:
+    """Raise ValueError saying what a cache holds `otherwise`; for its `check`."""
+    if not holds:
+        raise ValueError(f"this cache holds {otherwise}")
+
+
+def first_real(mask: Tensor | None, first: Tensor, seen: int) -> Tensor:
+    """Where each row's first real token is, `[B]` on the host, once the mask of the newest tokens is known.
+
+    `first` says it for rows that had one before, and is `seen` or more for the others. The newest query sees
+    all of its row. Raises StropError unless padding is on the left.
+    """
+    if mask is None or not (unknown := first >= seen - mask.shape[-2]).any():
+        return first
+    sees = mask[:, 0, -1].cpu().expand(len(first), -1)
+    begin = torch.where(sees.any(-1), sees.int().argmax(-1), seen)
+    if not (sees.sum(-1) == seen - begin)[unknown].all():
+        raise StropError(
+            "this batch is padded on the right or in the middle: pad on the left "
+            "(tokenizer.padding_side = 'left'), as generation needs"
+        )
+    return torch.where(unknown, begin, first)
+
+
 def commit(cache: Cache) -> None:
     """Promise a cache that nothing of the last forward pass will be taken back.
 

@@ -19,9 +19,17 @@ MASK = 0xFFFFFFFF
 
 def keyed_uniform(size: int, *key: int | str, device: torch.device | str = "cpu") -> Tensor:
     """`[size]` float64 in (0, 1), a pure function of `key`."""
+    return uniform_at(torch.arange(size, dtype=torch.int64, device=device), *key_words(*key))
+
+
+def key_words(*key: int | str) -> tuple[int, int]:
+    """Two 32-bit words that stand for `key`."""
     digest = blake2b("|".join(map(str, key)).encode(), digest_size=8).digest()
-    low, high = (int.from_bytes(half, "little") for half in (digest[:4], digest[4:]))
-    counter = torch.arange(size, dtype=torch.int64, device=device)
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def uniform_at(counter: Tensor, low: int, high: int) -> Tensor:
+    """Float64 in (0, 1) for every `counter` (int64, below 2**32), a pure function of it and a key's words."""
     return (_mix(_mix(counter ^ low) + high & MASK).double() + 0.5) / 2**32
 
 
@@ -37,6 +45,17 @@ def _mix(x: Tensor) -> Tensor:
 def keyed_gumbel(size: int, *key: int | str, device: torch.device | str = "cpu") -> Tensor:
     """Standard Gumbel noise `[size]` float32, a pure function of `key`."""
     return -(-keyed_uniform(size, *key, device=device).log()).log().float()
+
+
+def keyed_generator(*key: int | str) -> torch.Generator:
+    """A generator on the host whose stream is a pure function of `key`."""
+    low, high = key_words(*key)
+    return torch.Generator().manual_seed(high << 32 | low)
+
+
+def keyed_normal(shape: Sequence[int], *key: int | str) -> Tensor:
+    """Standard normal float32 of a shape, on the host, a pure function of `key`."""
+    return torch.randn(tuple(shape), generator=keyed_generator(*key))
 
 
 class KeyedSampler(LogitsProcessor):

@@ -2,18 +2,33 @@
 
 from strop.core.cache import attach
 from strop.kv.base import KVMethod
+from strop.kv.curdkv import CurDKV
+from strop.kv.evict_large import EvictLarge
 from strop.kv.hadamard_rtn import HadamardRTN
 from strop.kv.kivi import KIVI
 from strop.kv.kvarn import KVarN
+from strop.kv.random_eviction import RandomEviction
+from strop.kv.rkv import RKV
 from strop.kv.saved import load_cache, save_cache
+from strop.kv.snapkv import SnapKV
 from strop.kv.stock import Quantized
+from strop.kv.streaming import StreamingLLM
+from strop.kv.vase import VaSE, VaSEDKV
 
 __all__ = [
     "KIVI",
+    "RKV",
+    "CurDKV",
+    "EvictLarge",
     "HadamardRTN",
     "KVMethod",
     "KVarN",
     "Quantized",
+    "RandomEviction",
+    "SnapKV",
+    "StreamingLLM",
+    "VaSE",
+    "VaSEDKV",
     "attach",
     "load_cache",
     "save_cache",

@@ -23,6 +23,8 @@ class KVShape:
     """Window of each sliding-window layer; these keep transformers' own storage."""
     heads: int
     """KV heads per layer, H_kv."""
+    queries: int
+    """Query heads per layer, H_q."""
     dim: int
     """Head size D."""
     itemsize: int
@@ -38,6 +40,7 @@ class KVShape:
             layers=sum(type(layer) is DynamicLayer for layer in layers),
             windows=tuple(layer.sliding_window for layer in layers if hasattr(layer, "sliding_window")),
             heads=getattr(decoder, "num_key_value_heads", None) or heads,
+            queries=heads,
             dim=getattr(decoder, "head_dim", None) or decoder.hidden_size // heads,
             itemsize=itemsize,
         )
