@@ -5,15 +5,18 @@ import itertools
 import pytest
 import torch
 from conftest import CONFIGS
+from exact_codec import Exact
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 from strop.core.attention import attend_plain
 from strop.core.cache import tensor_bytes
 from strop.core.errors import StropError
 from strop.kv import (
+    KIVI,
     RKV,
     CurDKV,
     EvictLarge,
+    KVarN,
     KVMethod,
     RandomEviction,
     SnapKV,
@@ -26,7 +29,9 @@ from strop.kv import (
 )
 from strop.kv.base import KVShape
 from strop.kv.evicting import Candidates, EvictingLayer
+from strop.kv.packed_slots import PackedSlotStore
 from strop.kv.rkv import redundancy
+from strop.kv.slot_store import SlotStore
 from strop.recipe import METHODS, Recipe
 
 KINDS = (VaSE, VaSEDKV, SnapKV, RKV, CurDKV, StreamingLLM, RandomEviction, EvictLarge)
@@ -35,8 +40,17 @@ SMALL |= {
     f"VaSE {sampler}": VaSE(budget=32, buffer=8, sampler=sampler) for sampler in ("multinomial", "none")
 }
 
+STORED = {
+    "VaSE in kvarn": VaSE(budget=32, buffer=8, store=KVarN(bits=8, group=16)),
+    "SnapKV in kivi": SnapKV(budget=32, buffer=8, store=KIVI(bits=8, group=8)),
+    "DKV, every bit kept": VaSEDKV(budget=32, buffer=8, store=Exact()),
+}
+EXACT = SMALL | {"every bit kept": STORED["DKV, every bit kept"]}
+SMALL = SMALL | STORED
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_small = pytest.mark.parametrize("method", SMALL.values(), ids=SMALL)
+every_exact = pytest.mark.parametrize("method", EXACT.values(), ids=EXACT)
 
 
 def prompts(*lengths: int) -> dict[str, torch.Tensor]:
@@ -50,6 +64,11 @@ def prompts(*lengths: int) -> dict[str, torch.Tensor]:
 def stock(tiny, name: str):
     """The model under transformers' own attention; only eager knows Gemma 2's soft cap."""
     return tiny(name, "eager" if name == "gemma2" else "sdpa")
+
+
+def bookkeeping(store: SlotStore) -> int:
+    """Bytes of what the host notes of each row."""
+    return tensor_bytes([store.length, store.first, getattr(store, "coded", None)])
 
 
 def candidates(n=64, dim=16, heads=2, seed=0, seen=200, layer=0) -> Candidates:
@@ -96,7 +115,7 @@ def test_below_the_budget_logits_are_those_of_sdpa_to_the_bit(tiny):
         assert torch.equal(out, plain)
 
 
-@every_small
+@every_exact
 @pytest.mark.parametrize("name", ["qwen3", "gpt2", "gemma2"])
 @pytest.mark.parametrize("lengths", [(50,), (50, 33, 7)], ids=str)
 @torch.no_grad()
@@ -105,32 +124,31 @@ def test_attention_equals_dense_attention_masked_to_the_kept_set(method, name, l
     model = tiny(name)
     cache = method.new_cache(model.config)
     history: dict[int, list] = {}
-    worst, attend = [], EvictingLayer._attend
+    kind = SlotStore if method.store is None else PackedSlotStore
+    worst, attend, place = [], kind.attend, SlotStore.place
 
-    def shadowed(layer, query, mask, scaling, softcap):
-        out = attend(layer, query, mask, scaling, softcap)
+    def shadowed(store, query, mask, scaling, softcap):
+        out = attend(store, query, mask, scaling, softcap)
         if query.shape[2] == 1:
-            keys, values = (torch.cat(parts, 2) for parts in zip(*history[id(layer)], strict=True))
+            keys, values = (torch.cat(parts, 2) for parts in zip(*history[id(store)], strict=True))
             kept = torch.zeros(keys.shape[:3], dtype=torch.bool)
-            for row, held in enumerate(layer.length.tolist()):
-                columns = layer.positions[row, :, :held].long() + layer.first[row]
-                kept[row].scatter_(1, columns, True)
+            for row, tokens in enumerate(store.tokens()):
+                kept[row].scatter_(1, tokens.long() + store.first[row], True)
             kept = kept.repeat_interleave(query.shape[1] // keys.shape[1], 1)[:, :, None]
             if softcap is None:
                 wanted = attend_plain(query, keys, values, kept, scaling)
-                worst.append((out - wanted).abs().max().item())
+                worst.append(((out - wanted).abs().max() / wanted.abs().max()).item())
         return out
 
-    append = EvictingLayer.append
-    monkeypatch.setattr(EvictingLayer, "_attend", shadowed)
-    monkeypatch.setattr(
-        EvictingLayer,
-        "append",
-        lambda layer, k, v: (history.setdefault(id(layer), []).append((k, v)), append(layer, k, v))[1],
-    )
+    def placed(store, keys, values):
+        history.setdefault(id(store), []).append((keys, values))
+        place(store, keys, values)
+
+    monkeypatch.setattr(kind, "attend", shadowed)
+    monkeypatch.setattr(SlotStore, "place", placed)
     model.generate(**prompts(*lengths), past_key_values=cache, max_new_tokens=60, do_sample=False)
     cache.check()
-    assert all(layer.columns > layer.keys.shape[2] for layer in cache.attending)
+    assert all(layer.store.columns > layer.store.keys.shape[2] for layer in cache.attending)
     if name != "gemma2":
         assert len(worst) > 50 and max(worst) < 1e-5
 
@@ -159,11 +177,9 @@ def test_five_thousand_steps_in_constant_space(method):
         model.model(token.view(1, 1), past_key_values=cache)
         if step >= 40:
             sizes.add(cache.bytes())
-            assert 32 <= int(layer.length[0]) < 40
+            assert 32 <= int(layer.store.held[0]) < 40
     assert len(sizes) == 1
-    assert sizes.pop() == method.kv_bytes(KVShape.of(config, 4), steps) + tensor_bytes(
-        [layer.length, layer.first]
-    )
+    assert sizes.pop() == method.kv_bytes(KVShape.of(config, 4), steps) + bookkeeping(layer.store)
     cache.check()
 
 
@@ -172,22 +188,23 @@ def test_newest_sinks_and_widest_always_survive(tiny, monkeypatch):
     method = VaSE(budget=32, buffer=8, sinks=3, reserve=10)
     model = tiny("qwen3")
     cache = method.new_cache(model.config)
-    cuts, cut = [], EvictingLayer._cut
+    cuts, keep = [], SlotStore.keep
 
-    def checked(layer, rows, live, seen, scaling):
-        held = layer.positions[rows, :, :live].clone()
-        wide = (layer.values.amax(-1) - layer.values.amin(-1))[rows, :, : live - 8]
+    def checked(store, rows, scores):
+        live = int(store.length[rows[0]])
+        held = store.positions[rows, :, :live].clone()
+        wide = (store.values.amax(-1) - store.values.amin(-1))[rows, :, : live - 8]
         wide[held[:, :, : live - 8] < 3] = torch.inf
         must = held.gather(2, wide.topk(10).indices)
-        cut(layer, rows, live, seen, scaling)
-        kept = layer.positions[rows, :, :32]
+        keep(store, rows, scores)
+        kept = store.positions[rows, :, :32]
         assert torch.equal(kept[:, :, 24:], held[:, :, -8:])
         assert (kept[:, :, None] == must[..., None]).any(-1).all()
         assert (kept[:, :, 1:] > kept[:, :, :-1]).all()
         assert set(kept[0, 0].tolist()) <= set(held[0, 0].tolist())
         cuts.append(live)
 
-    monkeypatch.setattr(EvictingLayer, "_cut", checked)
+    monkeypatch.setattr(SlotStore, "keep", checked)
     model.generate(**prompts(30, 12), past_key_values=cache, max_new_tokens=90, do_sample=False)
     assert len(cuts) > 20 and set(cuts) == {40}
 
@@ -229,13 +246,14 @@ def test_rows_can_be_rearranged_and_saved(method, tiny, tmp_path):
             caches[0] = load_cache(tmp_path / "cache", method, model.config)
     caches[0].batch_repeat_interleave(2)
     caches[0].check()
-    assert len(caches[0].attending[0].length) == 6
+    assert len(caches[0].attending[0].store.length) == 6
 
 
+@pytest.mark.parametrize("store", [None, KVarN(bits=2, group=64)], ids=str)
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_every_method_knows_its_bytes(kind, dtype):
+def test_every_method_knows_its_bytes(kind, dtype, store):
     config = Qwen3Config(
         vocab_size=8,
         hidden_size=16,
@@ -245,15 +263,15 @@ def test_every_method_knows_its_bytes(kind, dtype):
         num_key_value_heads=2,
         head_dim=64,
     )
-    method = kind(budget=256)
+    method = kind(budget=256, store=store)
     model = attach(AutoModelForCausalLM.from_config(config, dtype=dtype).eval())
     shape = KVShape.of(config, dtype.itemsize)
     for tokens in (100, 256, 300, 700):
         cache = method.new_cache(model.config)
         model(torch.zeros(2, tokens - 1, dtype=torch.long), past_key_values=cache, logits_to_keep=1)
         model(torch.zeros(2, 1, dtype=torch.long), past_key_values=cache)
-        bookkeeping = sum(tensor_bytes([layer.length, layer.first]) for layer in cache.attending)
-        assert cache.bytes() == 2 * method.kv_bytes(shape, tokens) + bookkeeping
+        notes = sum(bookkeeping(layer.store) for layer in cache.attending)
+        assert cache.bytes() == 2 * method.kv_bytes(shape, tokens) + notes
 
 
 @torch.no_grad()
@@ -264,7 +282,7 @@ def test_reads_a_long_prompt_in_blocks(tiny):
     for part in prompts(150)["input_ids"].split(30, 1):
         model(part, past_key_values=cache)
         cache.check()
-    assert cache.attending[0].length.tolist() == [32] and cache.get_seq_length() == 150
+    assert cache.attending[0].store.length.tolist() == [32] and cache.get_seq_length() == 150
 
 
 # Scores.
