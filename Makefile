@@ -36,8 +36,8 @@ check: $(DEV_STAMP)
 # On a machine with its own Python environment: make gpu PY=python3
 PY ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(PY)),$(DEV_STAMP))
-	$(PY) -m pytest -m gpu tests/test_gpu.py
-	$(PY) docs/measure_gpu.py --out docs/results/gpu.json
+	$(PY) -m pytest -m gpu tests/test_gpu.py tests/test_kernels_triton.py
+	$(PY) docs/measure_gpu.py
 
 report: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/strop tune zoo:coder --out runs/demo --resume --json > docs/results/demo.json

@@ -1,98 +1,111 @@
-"""Time KVarN's torch path on a CUDA device at the shapes of real models.
+"""Measure kernels and caches on a CUDA device at the shapes of real models, whose weights are random.
 
-    python docs/measure_gpu.py --out docs/results/gpu.json
+    python docs/measure_gpu.py                    # everything, into docs/results/gpu-*.json
+    python docs/measure_gpu.py --only decode,serve --seconds 120
+    python docs/measure_gpu.py --tiny             # on a CPU, in Triton's interpreter: does it run?
 
-One flush packs 128 tokens of all layers; a decode step attends over a cache of the given length in one layer.
-These are plain torch operations: fused kernels are not part of this measurement.
+A row is written as soon as it is measured and not measured again, so a run that was cut off goes on when it
+is started again. A part starts no row after `--seconds`.
 """
 
 import argparse
 import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
-import torch
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen3Config
-
-from strop.core.files import atomic
-from strop.core.machine import machine
-from strop.kv import KVarN
-from strop.kv.base import KVShape
-
-SHAPES = {
-    "Qwen3-4B": {"layers": 36, "heads": 32, "heads_kv": 8, "dim": 128},
-    "Llama-3.1-8B": {"layers": 32, "heads": 32, "heads_kv": 8, "dim": 128},
-    "Phi-4-14B": {"layers": 40, "heads": 40, "heads_kv": 10, "dim": 128},
+PARTS = {
+    "encode": ("gpu_kernels", "gpu-kvarn.json"),
+    "decode": ("gpu_kernels", "gpu-kvarn.json"),
+    "evict": ("gpu_kernels", "gpu-evict.json"),
+    "serve": ("gpu_serving", "gpu-evict.json"),
 }
-CONTEXTS = (4096, 16384, 65536)
-ROUNDS = 20
+"""Which module measures a part, and where its rows go."""
 
 
-def milliseconds(work, other) -> list[float]:
-    """Median times of two functions in interleaved runs."""
-    times: list[list[float]] = [[], []]
-    for index in range(ROUNDS + 3):
-        for column, function in zip(times, (work, other), strict=True):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            function()
-            end.record()
-            torch.cuda.synchronize()
-            if index >= 3:
-                column.append(start.elapsed_time(end))
-    return [sorted(column)[len(column) // 2] for column in times]
+class Results:
+    """Rows of measurements by name, in one JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        """The rows that `path` holds already, if they are of this device."""
+        from strop.core.machine import machine
+
+        self.path, self.machine, self.rows = path, machine(), {}
+        if path.exists():
+            known = json.loads(path.read_text())
+            if known["machine"]["gpu"] == self.machine["gpu"]:
+                self.rows = {row["name"]: row for row in known["rows"]}
+
+    def add(self, row: dict) -> None:
+        """Keep a row."""
+        from strop.core.files import atomic
+
+        self.rows[row["name"]] = row
+        with atomic(self.path) as file:
+            file.write_text(json.dumps({"machine": self.machine, "rows": [*self.rows.values()]}, indent=1))
 
 
-def flush(name: str, layers: int, heads: int, heads_kv: int, dim: int) -> dict:
-    """Packing 128 tokens of all layers, beside copying them."""
-    codec = KVarN().codec()
-    keys, values = torch.randn(2, layers, heads_kv, 128, dim, device="cuda", dtype=torch.bfloat16)
-    packing, copying = milliseconds(
-        lambda: codec.encode(keys, values), lambda: (keys.clone(), values.clone())
-    )
-    return {"what": "flush of 128 tokens, all layers", "shape": name, "kvarn_ms": packing, "copy_ms": copying}
+def run(rows: Iterator[tuple[str, Callable[[], dict]]], results: Results, seconds: float) -> bool:
+    """Measure the rows that are missing, until the time is up; whether none of them broke."""
+    import torch
+
+    until, left, broken = time.monotonic() + seconds, 0, False
+    for name, measure in rows:
+        if name in results.rows:
+            continue
+        if time.monotonic() > until:
+            left += 1
+            continue
+        try:
+            row = measure()
+        except torch.OutOfMemoryError:
+            row = {"failed": "out of memory"}
+        except Exception:
+            broken = True
+            print(f"{name}: {traceback.format_exc()}", flush=True)
+            continue
+        results.add({"name": name, **row})
+        print(json.dumps(results.rows[name]), flush=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    if left:
+        print(f"{left} rows are left: run this again", flush=True)
+    return not broken
 
 
-def step(name: str, context: int, layers: int, heads: int, heads_kv: int, dim: int) -> dict:
-    """One layer's attention of one new token, beside SDPA over a bf16 cache."""
-    config = Qwen3Config(
-        num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=heads_kv, head_dim=dim
-    )
-    config._attn_implementation = "strop"
-    cache = KVarN().new_cache(config)
-    keys, values = torch.randn(2, 1, heads_kv, context, dim, device="cuda", dtype=torch.bfloat16)
-    query = torch.randn(1, heads, 1, dim, device="cuda", dtype=torch.bfloat16)
-    layer = cache.layers[0]
-    layer.update(keys, values)
-    layer.revocable = 0
-    layer.settle()
-
-    def dense() -> torch.Tensor:
-        return scaled_dot_product_attention(query, keys, values, enable_gqa=True)
-
-    packed, plain = milliseconds(lambda: layer.attend(query, None, dim**-0.5, None), dense)
-    shape = KVShape.of(config)
-    return {
-        "what": f"decode attention, one layer, {context} tokens",
-        "shape": name,
-        "kvarn_ms": packed,
-        "sdpa_ms": plain,
-        "bytes_ratio": cache.bytes() / shape.dense_bytes(context),
-    }
-
-
-@torch.no_grad()
 def main() -> None:
-    """Measure all shapes and write one JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True)
+    """Measure all that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, by comma: " + ", ".join(PARTS))
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results", help="folder of results"
+    )
+    parser.add_argument("--seconds", type=float, default=170, help="time after which a part starts no row")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("no CUDA device is visible: run this on a machine with an NVIDIA GPU")
-    rows = [flush(name, **shape) for name, shape in SHAPES.items()]
-    rows += [step(name, context, **shape) for name, shape in SHAPES.items() for context in CONTEXTS]
-    with atomic(args.out) as file:
-        file.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    parts = args.only.split(",")
+    if unknown := set(parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if args.tiny:
+        os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+    import torch
+
+    if not args.tiny and not torch.cuda.is_available():
+        parser.error("no CUDA device is visible: run this on a machine with an NVIDIA GPU, or with --tiny")
+    bench = import_module("gpu_bench")
+    sound = True
+    with torch.no_grad():
+        for part in parts:
+            module, file = PARTS[part]
+            rows = getattr(import_module(module), part)(bench.TINY if args.tiny else bench.REAL)
+            sound &= run(rows, Results(args.out / file), args.seconds)
+    sys.exit(not sound)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,32 @@ def kv(results: dict[str, Any]) -> str:
     return f"{table(head, rows)}\n\n`python docs/measure_kv.py`. {measured_on(results['machine'])}"
 
 
+def kvpress(results: dict[str, Any]) -> str:
+    """Eviction here and in kvpress, at equal budgets."""
+    rows = [
+        [
+            row["scorer"],
+            "-" if row["scorer"] == "full" else str(row["budget"]),
+            row["side"],
+            f"{row['bytes'] / 1024:.0f} KiB",
+            f"{row['agreement']:.0%}",
+            f"{row['step_ms']:.2f} ms",
+            f"{row['step_ratio']:.2f}",
+        ]
+        for row in sorted(results["rows"], key=lambda row: (row["budget"], row["scorer"]))
+    ]
+    head = [
+        "scorer",
+        "budget",
+        "in",
+        "cache at the end",
+        "agreement with its full cache",
+        "step",
+        "step ratio",
+    ]
+    return f"{table(head, rows)}\n\n`python docs/measure_kvpress.py`. {measured_on(results['machine'])}"
+
+
 def claims(results: dict[str, Any]) -> str:
     """Every claim with its verdict."""
     rows = []
@@ -120,6 +146,7 @@ def verdicts(results: dict[str, Any]) -> str:
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "demo": ("demo.json", demo),
     "kv": ("kv.json", kv),
+    "kvpress": ("kv-kvpress.json", kvpress),
     "claims": ("claims.json", claims),
     "short": ("claims.json", short),
     "kvarn": ("claims.json", verdicts),

@@ -62,7 +62,7 @@ METHODS: dict[str, dict[str, type]] = {
 }
 SLOTS = tuple(METHODS)
 
-CANDIDATES: dict[str, tuple[Method, ...]] = {
+ALWAYS: dict[str, tuple[Method, ...]] = {
     "weights": (RTN(bits=8), RTN(bits=4, group=128)),
     "kv": (
         Quantized(backend="fp8", bits=8),
@@ -76,7 +76,24 @@ CANDIDATES: dict[str, tuple[Method, ...]] = {
     ),
     "decode": (PromptLookup(),),
 }
-"""What `tune` tries in each slot by itself; a method joins by one entry."""
+"""What `tune` tries in each slot at any length."""
+
+LONG = 1024
+"""Tokens of context from which `tune` tries to evict some."""
+
+
+def candidates(context: int) -> dict[str, tuple[Method, ...]]:
+    """What `tune` tries in each slot where `context` tokens are cached; a method joins by one entry.
+
+    Where that is `LONG`, half and a quarter of the tokens are budgets for eviction, alone and over a store.
+    """
+    if context < LONG:
+        return ALWAYS
+    buffer = VaSE.buffer
+    budgets = [context // part // buffer * buffer for part in (2, 4)]
+    evicting = [kind(budget=budget) for kind in (VaSE, RKV) for budget in budgets]
+    stored = [VaSE(budget=budget, store=KVarN(bits=4, group=buffer)) for budget in budgets]
+    return ALWAYS | {"kv": (*ALWAYS["kv"], *evicting, *stored)}
 
 
 class _PlainLoader(yaml.SafeLoader):

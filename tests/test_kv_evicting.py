@@ -1,86 +1,22 @@
-"""One table runs every evicting method; a later method joins by one row."""
-
-import itertools
+"""The frame of eviction: what is kept where, batches, bytes, and attention over it."""
 
 import pytest
 import torch
 from conftest import CONFIGS
-from exact_codec import Exact
+from evicting_methods import SMALL, bookkeeping, every_exact, every_kind, every_small, prompts, stock
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 from strop.core.attention import attend_plain
-from strop.core.cache import tensor_bytes
-from strop.core.errors import StropError
 from strop.kv import (
-    KIVI,
-    RKV,
-    CurDKV,
-    EvictLarge,
     KVarN,
-    KVMethod,
-    RandomEviction,
-    SnapKV,
-    StreamingLLM,
     VaSE,
-    VaSEDKV,
     attach,
     load_cache,
     save_cache,
 )
 from strop.kv.base import KVShape
-from strop.kv.evicting import Candidates, EvictingLayer
 from strop.kv.packed_slots import PackedSlotStore
-from strop.kv.rkv import redundancy
 from strop.kv.slot_store import SlotStore
-from strop.recipe import METHODS, Recipe
-
-KINDS = (VaSE, VaSEDKV, SnapKV, RKV, CurDKV, StreamingLLM, RandomEviction, EvictLarge)
-SMALL = {kind.__name__: kind(budget=32, buffer=8) for kind in KINDS}
-SMALL |= {
-    f"VaSE {sampler}": VaSE(budget=32, buffer=8, sampler=sampler) for sampler in ("multinomial", "none")
-}
-
-STORED = {
-    "VaSE in kvarn": VaSE(budget=32, buffer=8, store=KVarN(bits=8, group=16)),
-    "SnapKV in kivi": SnapKV(budget=32, buffer=8, store=KIVI(bits=8, group=8)),
-    "DKV, every bit kept": VaSEDKV(budget=32, buffer=8, store=Exact()),
-}
-EXACT = SMALL | {"every bit kept": STORED["DKV, every bit kept"]}
-SMALL = SMALL | STORED
-
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_small = pytest.mark.parametrize("method", SMALL.values(), ids=SMALL)
-every_exact = pytest.mark.parametrize("method", EXACT.values(), ids=EXACT)
-
-
-def prompts(*lengths: int) -> dict[str, torch.Tensor]:
-    """Random prompts, padded on the left."""
-    width = max(lengths)
-    ids = torch.randint(2, 61, (len(lengths), width), generator=torch.Generator().manual_seed(3))
-    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": ids * mask, "attention_mask": mask}
-
-
-def stock(tiny, name: str):
-    """The model under transformers' own attention; only eager knows Gemma 2's soft cap."""
-    return tiny(name, "eager" if name == "gemma2" else "sdpa")
-
-
-def bookkeeping(store: SlotStore) -> int:
-    """Bytes of what the host notes of each row."""
-    return tensor_bytes([store.length, store.first, getattr(store, "coded", None)])
-
-
-def candidates(n=64, dim=16, heads=2, seed=0, seen=200, layer=0) -> Candidates:
-    """Random tokens to choose among."""
-    generator = torch.Generator().manual_seed(seed)
-    keys, values = torch.randn(2, 1, heads, n, dim, generator=generator)
-    queries = torch.randn(1, 2 * heads, 64, dim, generator=generator)
-    positions = torch.arange(n, dtype=torch.int32).expand(1, heads, n)
-    return Candidates(keys, values, positions, queries, dim**-0.5, layer, seen)
-
-
-# The frame.
 
 
 @every_kind
@@ -175,9 +111,9 @@ def test_five_thousand_steps_in_constant_space(method):
     sizes = set()
     for step, token in enumerate(ids):
         model.model(token.view(1, 1), past_key_values=cache)
-        if step >= 40:
+        if step >= 48:
             sizes.add(cache.bytes())
-            assert 32 <= int(layer.store.held[0]) < 40
+            assert 32 <= int(layer.store.held[0]) < 32 + layer.store.period
     assert len(sizes) == 1
     assert sizes.pop() == method.kv_bytes(KVShape.of(config, 4), steps) + bookkeeping(layer.store)
     cache.check()
@@ -285,158 +221,20 @@ def test_reads_a_long_prompt_in_blocks(tiny):
     assert cache.attending[0].store.length.tolist() == [32] and cache.get_seq_length() == 150
 
 
-# Scores.
-
-
-def test_gumbel_top_k_is_sampling_without_replacement():
-    """Inclusion frequencies of both samplers over 20,000 draws."""
-    method = {
-        sampler: VaSE(budget=24, buffer=8, reserve=4, sinks=0, smooth=1, sampler=sampler)
-        for sampler in ("gumbel", "multinomial")
-    }
-    held = candidates(n=32, heads=1)
-    held = held._replace(keys=3 * held.keys)  # so that the weights are far from even
-    counts = {}
-    for sampler, vase in method.items():
-        total = torch.zeros(32)
-        for seen in range(20_000):
-            scores = vase.scores(held._replace(seen=seen))[0, 0]
-            total[scores.topk(16).indices] += 1
-        counts[sampler] = total / 20_000
-    assert (counts["gumbel"] - counts["multinomial"]).abs().max() < 0.02
-    free = counts["gumbel"][counts["gumbel"] < 1]
-    assert free.min() < 0.25 and free.max() > 0.7
-
-
-def test_every_token_keeps_the_chance_that_the_bound_promises():
-    """pi >= 1 - (1 - alpha / Z) ** places for a token without a reserved place; ranking gives zero."""
-    vase = VaSE(budget=24, buffer=8, reserve=4, sinks=0)
-    held = candidates(n=32, heads=1)
-    attention = vase.attention(held)[0, 0]
-    kept = torch.zeros(32)
-    for seen in range(4000):
-        scores = vase.scores(held._replace(seen=seen))[0, 0]
-        kept[scores.topk(16).indices] += 1
-    reserved = kept == 4000
-    share = attention.masked_fill(reserved, 0)
-    bound = 1 - (1 - share / share.sum()) ** 12
-    assert (kept / 4000 >= bound - 0.03)[~reserved].all() and (kept > 0).all()
-    ranked = VaSE(budget=24, buffer=8, reserve=4, sinks=0, sampler="none")
-    alike = {
-        tuple(ranked.scores(held._replace(seen=seen))[0, 0].topk(16).indices.tolist()) for seen in range(9)
-    }
-    assert len(alike) == 1  # so that 16 of the 32 never stay
-
-
-def test_projections_are_fresh_or_frozen():
-    held = candidates(n=200)
-
-    def kept(method: KVMethod, seen: int) -> set[int]:
-        return set(method.scores(held._replace(seen=seen))[0, 0].topk(56).indices.tolist())
-
-    dkv, cur = VaSEDKV(budget=64, buffer=8), CurDKV(budget=64, buffer=8)
-    assert kept(dkv, 300) != kept(dkv, 364) and kept(dkv, 300) == kept(dkv, 300)
-    assert kept(cur, 300) == kept(cur, 364)
-    assert {0, 1, 2, 3} <= kept(dkv, 300) & kept(cur, 300)
-
-
-def test_seeds_and_layers_differ_and_repeat():
-    held = candidates(n=200)
-    for kind in (VaSE, VaSEDKV, RandomEviction):
-        scores = [kind(budget=64, buffer=8, seed=seed).scores(held) for seed in (0, 0, 1)]
-        assert torch.equal(scores[0], scores[1]) and not torch.equal(scores[0], scores[2])
-        assert not torch.equal(scores[0], kind(budget=64, buffer=8).scores(held._replace(layer=1)))
-
-
-def test_redundancy_is_the_mean_cosine_similarity_with_the_others():
-    keys = candidates().keys
-    unit = keys / keys.norm(dim=-1, keepdim=True)
-    alike = unit @ unit.transpose(-1, -2)
-    alike.diagonal(dim1=-2, dim2=-1).zero_()
-    torch.testing.assert_close(redundancy(keys), alike.mean(-1).softmax(-1))
-
-
-def test_evict_large_and_streaming_keep_what_they_say():
-    held = candidates(n=100)
-    wide = (held.values.amax(-1) - held.values.amin(-1))[0, 0]
-    narrow = EvictLarge(budget=64, buffer=8).scores(held)[0, 0].topk(56).indices
-    assert set(narrow.tolist()) == set(wide.argsort()[:56].tolist())
-    stays = StreamingLLM(budget=64, buffer=8).scores(held)[0, 0].topk(56).indices
-    assert set(stays.tolist()) == {0, 1, 2, 3, *range(48, 100)}
-
-
-# What goes wrong.
-
-
-@pytest.mark.parametrize(
-    ("kind", "fields", "says"),
-    [
-        (VaSE, {"budget": 64}, "above buffer"),
-        (VaSE, {"budget": 100}, "multiple of buffer"),
-        (VaSE, {"budget": 32, "buffer": 0}, "at least 1"),
-        (VaSE, {"reserve": 2}, "sinks"),
-        (VaSE, {"budget": 128, "reserve": 100}, "places"),
-        (VaSE, {"sampler": "dice"}, "sampler"),
-        (VaSE, {"temperature": 0.0}, "temperature"),
-        (SnapKV, {"window": 0}, "window"),
-        (SnapKV, {"smooth": 4}, "odd"),
-        (RKV, {"weight": 2.0}, "weight"),
-        (CurDKV, {"rank": 0}, "rank"),
-        (StreamingLLM, {"sinks": -1}, "sinks"),
-    ],
-)
-def test_fields_are_checked(kind, fields, says):
-    with pytest.raises(ValueError, match=says):
-        kind(**fields)
-
-
 @torch.no_grad()
-def test_what_cannot_work_is_refused_in_a_sentence(tiny):
-    method = SMALL["VaSE"]
-    plain = tiny("qwen3", "sdpa")
-    with pytest.raises(StropError, match="attach"):
-        plain(torch.ones(1, 5, dtype=torch.long), past_key_values=method.new_cache(plain.config))
-    model = tiny("qwen3")
-    cache = method.new_cache(model.config)
-    model(torch.ones(1, 5, dtype=torch.long), past_key_values=cache)
-    with pytest.raises(StropError, match="speculation"):
-        cache.crop(-1)
-    with pytest.raises(StropError, match="take back"):
-        Recipe.from_dict({"strop": 1, "kv": "vase", "decode": "prompt_lookup"}).check()
-    right = {"input_ids": torch.ones(2, 9, dtype=torch.long), "attention_mask": torch.ones(2, 9)}
-    right["attention_mask"][0, 5:] = 0
-    with pytest.raises(StropError, match="left"):
-        model(**right, past_key_values=method.new_cache(model.config))
-
-
-@every_small
-@torch.no_grad()
-def test_numbers_that_are_none_are_refused(method):
-    layer = EvictingLayer(CONFIGS["qwen3"], method, 0)
-    keys = torch.randn(1, 2, 60, 16)
-    keys[0, 0, 7, 3] = torch.nan
-    layer.config._attn_implementation = "strop"
-    layer.update(keys, keys)
-    query = torch.randn(1, 4, 60, 16)
-    layer.attend(query, None, 0.25, None)
-    layer.update(keys[:, :, :1], keys[:, :, :1])
-    with pytest.raises(StropError, match="not numbers"):
-        layer.attend(query[:, :, :1], None, 0.25, None)
-
-
-def test_recipes_name_every_method():
-    known = METHODS["kv"]
-    for kind in KINDS:
-        assert kind in known.values()
-    recipe = Recipe.from_dict({"strop": 1, "kv": {"vase": {"budget": 512}}})
-    assert recipe.kv == VaSE(budget=512) and Recipe.from_dict(recipe.to_dict()) == recipe
-    assert recipe.label() == "vase 512"
-
-
-def test_window_methods_agree_on_what_they_watch():
-    """Every ObservedKV sees the same attention, a row of probabilities a head."""
-    held = candidates()
-    for kind, smooth in itertools.product((SnapKV, VaSE, RKV), (1, 5)):
-        attention = kind(budget=32, buffer=8, smooth=smooth).attention(held)
-        assert attention.shape == (1, 2, 64) and (attention >= 0).all()
-        assert attention.sum(-1).allclose(torch.ones(1, 2), atol=0.1)
+def test_kernels_and_plain_torch_read_tiles_alike(tiny):
+    """Steps through a store with a kernel, and through one whose kernel is taken away."""
+    model, logits = tiny("qwen3"), []
+    for fused in (True, False):
+        cache = VaSE(budget=64, buffer=8, store=KVarN(bits=2, group=16)).new_cache(model.config)
+        steps = [model(**prompts(90, 60), past_key_values=cache).logits[:, -1]]
+        mask = prompts(90, 60)["attention_mask"]
+        for token in range(40):
+            for layer in cache.attending:
+                layer.store.fused = layer.store.fused if fused else None
+            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+            ids = torch.full((2, 1), token + 2)
+            steps.append(model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1])
+        assert cache.attending[0].store.coded.all()
+        logits.append(torch.stack(steps))
+    torch.testing.assert_close(*logits, rtol=0, atol=2e-3)

@@ -17,7 +17,13 @@ def _kvarn(scale: str, report: Report) -> list[Claim]:
     return claims(scale, report)
 
 
-PAPERS: dict[str, Callable[[str, Report], list[Claim]]] = {"kvarn": _kvarn}
+def _vase(scale: str, report: Report) -> list[Claim]:
+    from strop.claims.vase import claims
+
+    return claims(scale, report)
+
+
+PAPERS: dict[str, Callable[[str, Report], list[Claim]]] = {"kvarn": _kvarn, "vase": _vase}
 """Key of each paper and what measures its claims; an experiment is imported when it runs."""
 
 

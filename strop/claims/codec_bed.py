@@ -6,9 +6,8 @@ is seen is the codec and not the model's own rounding.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -123,18 +122,19 @@ def lay(scale: Scale, progress: Progress) -> Bed:
     reasoner = load("zoo:reasoner", dtype="fp32", device=scale.device)
     end = coder.tokenizer.eos_token_id
     documents = python_source.held_out_text()
-    tokens = first_tokens(([end, *coder.encode(text)] for text in documents), scale)
-    held_out = first_tokens((as_bytes(text).tolist() for text in documents), scale)
+    shape = scale.texts, scale.tokens, scale.device
+    tokens = first_tokens(([end, *coder.encode(text)] for text in documents), *shape)
+    held_out = first_tokens((as_bytes(text).tolist() for text in documents), *shape)
     progress("reading the training text")
     text, twins = train_bytes(), []
     for name, sigma in ((PLAIN, 0.0), (PLANTED, SIGMA)):
         twin = Twin(sigma=sigma, steps=scale.steps, context=scale.tokens)
-        model = trained(twin, text, cache_folder(), _announcer(progress, name))
+        model = trained(twin, text, cache_folder(), announcer(progress, name))
         twins.append(Subject(name, model.to(scale.device), held_out))
     return Bed(Subject(CODER, coder.model, tokens), *twins, reasoner)
 
 
-def _announcer(progress: Progress, name: str) -> Callable[[float], None]:
+def announcer(progress: Progress, name: str) -> Callable[[float], None]:
     """Announces a training `TRAINING` times at most."""
     said = -1
 
@@ -147,17 +147,15 @@ def _announcer(progress: Progress, name: str) -> Callable[[float], None]:
     return step
 
 
-def first_tokens(texts: Any, scale: Scale) -> Tensor:
-    """The first tokens of the first documents that are long enough, `[texts, tokens]`."""
+def first_tokens(texts: Iterable[list[int]], count: int, length: int, device: str) -> Tensor:
+    """The first tokens of the first `count` texts that are long enough, `[count, length]`."""
     rows = []
     for ids in texts:
-        if len(ids) >= scale.tokens:
-            rows.append(ids[: scale.tokens])
-        if len(rows) == scale.texts:
-            return torch.tensor(rows, device=scale.device)
-    raise StropError(
-        f"only {len(rows)} held-out documents have {scale.tokens} tokens; {scale.texts} are needed"
-    )
+        if len(ids) >= length:
+            rows.append(ids[:length])
+        if len(rows) == count:
+            return torch.tensor(rows, device=device)
+    raise StropError(f"only {len(rows)} held-out documents have {length} tokens; {count} are needed")
 
 
 def run(bed: Bed, scale: Scale, progress: Progress) -> dict[str, Table]:

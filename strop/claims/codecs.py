@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from strop.kv import kvarn
 from strop.kv.codec import RoundedKV, RowCodec
-from strop.kv.kvarn import varn
 from strop.kv.tile_store import TileCodec
 from strop.kv.tiled import TiledKV
 
@@ -21,7 +21,7 @@ class VarN(RoundedKV):
     """Balancing without rotation: KVarN's ablation."""
 
     def codec(self) -> RowCodec:
-        return RowCodec(self.bits_k, self.bits_v, self.group, False, varn, self.aux_dtype)
+        return RowCodec(self.bits_k, self.bits_v, self.group, False, kvarn.VarN(), self.aux_dtype)
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _by_method(table: Table, measure: str, preset: str, sinks: int) -> dict[str,
 
 
 def system(scale: Scale) -> list[Claim]:
-    """Claims about time, which wait for kernels."""
+    """Claims about time on a GPU, which `make gpu` measures."""
     said = {
         "Fused 2-bit decoding at contexts of 64K and more is at least 1.5 times as fast as bf16": (
             "up to about 1.3 times the throughput of fp16, 3 to 5 times the capacity"
@@ -139,7 +139,7 @@ def system(scale: Scale) -> list[Claim]:
             seeds=0,
             varied="nothing",
             verdict="needs a GPU",
-            reason="needs the fused kernels and a GPU",
+            reason="needs a CUDA device: `make gpu` measures it, docs/gpu.md tells",
             scale=scale.name,
             seconds=0.0,
         )

@@ -44,18 +44,24 @@ class Twin:
     lr: float = 3e-3
     seed: int = 0
 
+    def plant(self, model: LlamaForCausalLM) -> None:
+        """Give a freshly drawn model its token scales."""
+        if self.sigma:
+            draw = torch.Generator().manual_seed(self.seed + 1)
+            TokenScales(model, (self.sigma * torch.randn(BYTES, generator=draw)).exp(), keys=1.0, values=0.5)
+
 
 class TokenScales:
-    """Multiplies each token's keys by its factor and its values by the factor's root, by hooks that stay."""
+    """Multiplies each token's keys and values by powers of its factor, by hooks that stay."""
 
-    def __init__(self, model: LlamaForCausalLM, factors: Tensor) -> None:
-        """`factors` `[V]`, one for each token id."""
+    def __init__(self, model: LlamaForCausalLM, factors: Tensor, keys: float, values: float) -> None:
+        """`factors` `[V]`, one for each token id; `keys` and `values` are the powers."""
         self.factors = factors
         self.current = factors[:0]
         model.model.embed_tokens.register_forward_pre_hook(self._read)
         for layer in model.model.layers:
-            layer.self_attn.k_proj.register_forward_hook(partial(self._scale, 1.0))
-            layer.self_attn.v_proj.register_forward_hook(partial(self._scale, 0.5))
+            layer.self_attn.k_proj.register_forward_hook(partial(self._scale, keys))
+            layer.self_attn.v_proj.register_forward_hook(partial(self._scale, values))
 
     def _read(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.current = self.factors.to(args[0].device)[args[0]].unsqueeze(-1)
@@ -93,9 +99,7 @@ def build(twin: Twin) -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(twin.seed)
         model = LlamaForCausalLM(config)
-    if twin.sigma:
-        draw = torch.Generator().manual_seed(twin.seed + 1)
-        TokenScales(model, (twin.sigma * torch.randn(BYTES, generator=draw)).exp())
+    twin.plant(model)
     return model
 
 

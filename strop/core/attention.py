@@ -82,15 +82,20 @@ def attend_plain(
     """
     (batch, heads, queries, dim), heads_kv = query.shape, keys.shape[1]
     groups = heads // heads_kv
-    shared = {"scale": scaling, "enable_gqa": groups > 1 and visible is None}
+    whole = visible is None
     if visible is not None and queries == 1:
         query = query.reshape(batch, heads_kv, groups, dim)
         visible = visible if visible.shape[1] == 1 else visible.reshape(batch, heads_kv, groups, -1)
     elif visible is not None:
         keys, values = (x.repeat_interleave(groups, 1) for x in (keys, values))
-    causal_only = visible is None and queries > 1
     out = scaled_dot_product_attention(
-        query, keys, values, attn_mask=visible, is_causal=causal_only, **shared
+        query,
+        keys,
+        values,
+        attn_mask=visible,
+        is_causal=whole and queries > 1,
+        scale=scaling,
+        enable_gqa=whole and groups > 1,
     )
     return out.reshape(batch, heads, queries, dim).transpose(1, 2).contiguous()
 

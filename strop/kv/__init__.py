@@ -7,6 +7,7 @@ from strop.kv.evict_large import EvictLarge
 from strop.kv.hadamard_rtn import HadamardRTN
 from strop.kv.kivi import KIVI
 from strop.kv.kvarn import KVarN
+from strop.kv.press import Press
 from strop.kv.random_eviction import RandomEviction
 from strop.kv.rkv import RKV
 from strop.kv.saved import load_cache, save_cache
@@ -23,6 +24,7 @@ __all__ = [
     "HadamardRTN",
     "KVMethod",
     "KVarN",
+    "Press",
     "Quantized",
     "RandomEviction",
     "SnapKV",

@@ -8,10 +8,10 @@ and sums of values are computed on the codes themselves, with the scales folded 
 Codes are rounded against the scales as they are stored, so that the 8-bit scales cost no bias.
 """
 
-from collections.abc import Callable
 from dataclasses import InitVar, dataclass
-from functools import cached_property, lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,15 +19,28 @@ from torch.nn.functional import pad
 
 from strop.core.bits import WIDTHS, pack, packed_bytes, unpack
 from strop.core.hadamard import hadamard, rotate
-from strop.kv.tile_store import TileCodec
+from strop.kernels.tiles import Fields, Kernels, TileForm, kernels
+from strop.kv.tile_store import Fused, TileCodec
 from strop.kv.tiled import TiledKV
-
-Balance = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From a tile `[..., R, C]` float32 to scales that even out its deviations: `[..., R]` and `[..., C]`."""
 
 FP16_MAX = torch.finfo(torch.float16).max
 FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 FP8_TINY = torch.finfo(torch.float8_e4m3fn).smallest_normal / 8
+
+
+class Balance(Protocol):
+    """How a tile's deviations are evened out: VarN with its settings (`strop.kv.kvarn`)."""
+
+    @property
+    def n_iter(self) -> int:
+        """Iterations."""
+
+    @property
+    def normalize(self) -> str:
+        """What tiles are divided by first: "min_std" or "none"."""
+
+    def __call__(self, tile: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales `[..., R]` of the rows and `[..., C]` of the columns of a tile `[..., R, C]` float32."""
 
 
 class Half:
@@ -120,6 +133,10 @@ class Layout:
         """Bytes of the tile."""
         return sum(self.sizes)
 
+    def at(self, start: int) -> Fields:
+        """Where each field lies, in a record in which the tile lies at byte `start`."""
+        return Fields(**dict(zip(self.fields, accumulate(self.sizes, initial=start), strict=False)))
+
     def write(self, tile: Tensor) -> Tensor:
         """Round `[..., R, C]` float32 to bytes `[..., bytes]`.
 
@@ -176,6 +193,12 @@ class RowCodec(TileCodec):
         return -(-(keys.bytes + values.bytes) // 8) * 8
 
     def encode(self, keys: Tensor, values: Tensor) -> Tensor:
+        form = tile_form(self, keys.shape[-1])
+        fast = _kernels(form, keys.device.type)
+        return fast.encode(keys, values, form) if fast else self.encode_plainly(keys, values)
+
+    def encode_plainly(self, keys: Tensor, values: Tensor) -> Tensor:
+        """`encode` in plain torch, on any device: what the kernels are held to."""
         dim = keys.shape[-1]
         of_keys, of_values = layouts(self, dim)
         key_tile = self._rotate(keys.float()).transpose(-1, -2).contiguous()
@@ -194,6 +217,11 @@ class RowCodec(TileCodec):
     def accumulate(self, weights: Tensor, records: Tensor, dim: int) -> Tensor:
         rows = weights.unflatten(-1, (-1, self.group)).permute(0, 3, 1, 2, 4)
         return self._rotate(self._values(records, dim).weigh(rows).sum(1))
+
+    def fused(self, dim: int, device: str) -> Fused | None:
+        form = tile_form(self, dim)
+        fast = _kernels(form, device)
+        return partial(fast.attend, form=form) if fast else None
 
     def _keys(self, records: Tensor, dim: int) -> Tile:
         layout, _ = layouts(self, dim)
@@ -215,6 +243,32 @@ def layouts(codec: RowCodec, dim: int) -> tuple[Layout, Layout]:
         Layout(("codes", "scale", "zero", "column"), dim, group, codec.bits_k, aux, balance),
         Layout(("codes", "column", "scale", "zero"), group, dim, codec.bits_v, aux, balance),
     )
+
+
+@lru_cache(maxsize=256)
+def tile_form(codec: RowCodec, dim: int) -> TileForm:
+    """What kernels are told of a codec."""
+    keys, values = layouts(codec, dim)
+    balance = codec.balance
+    return TileForm(
+        dim=dim,
+        group=codec.group,
+        bits_k=codec.bits_k,
+        bits_v=codec.bits_v,
+        rotation=codec.rotation,
+        balanced=balance is not None,
+        fp8=codec.aux_dtype == "fp8",
+        n_iter=balance.n_iter if balance else 0,
+        min_std=balance is not None and balance.normalize == "min_std",
+        keys=keys.at(0),
+        values=values.at(keys.bytes),
+        record_bytes=codec.record_bytes(dim),
+    )
+
+
+def _kernels(form: TileForm, device: str) -> Kernels | None:
+    found = kernels(device)
+    return found if found and found.supports(form) else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,10 @@ class CurDKV(EvictingKV):
         """The key of the projection: one for all evictions of a layer."""
         return self.seed, "leverage", candidates.layer
 
+    @property
+    def reserved(self) -> int:
+        return self.sinks
+
     def scores(self, candidates: Candidates) -> Tensor:
         keys, values = candidates.keys.float(), candidates.values.float()
         projection = keyed_normal((keys.shape[-1], self.rank), *self.drawn(candidates)).to(keys.device)

@@ -52,11 +52,11 @@ class EvictingKV(KVMethod):
     budget: int = 1024
     """Tokens kept by an eviction, the newest `buffer` included, K; a multiple of `buffer`."""
     buffer: int = 64
-    """Newest tokens that are never evicted, and tokens between evictions, B."""
+    """Newest tokens that are never evicted, B; without a store also the tokens between evictions."""
 
     store: TiledKV | None = None
-    """Codes survivors in tiles, by its codec and group; those of the highest scores and the newest stay as
-    they are, so its own sinks and tail are not used. None: all stay as they are."""
+    """Codes survivors by its codec, a tile of its group at every eviction, and whole tiles are evicted; the
+    highest scored and the newest stay as they are, so its own sinks and tail are not used."""
 
     window: ClassVar[int] = 0
     """Newest queries that the scores ask for."""
@@ -71,7 +71,7 @@ class EvictingKV(KVMethod):
         if self.store is not None and not self.tiles:
             raise ValueError(
                 f"budget ({self.budget}) leaves less than one tile of {self.store.group} tokens behind "
-                f"{self.reserved} reserved and {self.buffer} newest: raise it, or take a store of smaller group"
+                f"{self.reserved} reserved and {self.buffer} newest: raise it, or take smaller groups"
             )
 
     @property
@@ -91,9 +91,16 @@ class EvictingKV(KVMethod):
         Of equals the newest stay.
         """
 
+    def pool(self, scores: Tensor) -> Tensor:
+        """The score of a tile from those of its tokens, `[..., group]` to `[...]`."""
+        return scores.sum(-1)
+
     def settings(self) -> str:
+        return self.spell(str(self.budget), "budget")
+
+    def spell(self, short: str = "", *said: str) -> str:
         inner = [f"in {type(self.store).__name__.lower()} {self.store.settings()}"] if self.store else []
-        return " ".join([self.spell(str(self.budget), "budget", "store"), *inner])
+        return " ".join([super().spell(short, *said, "store"), *inner])
 
     def new_cache(self, config: PretrainedConfig) -> KVCache:
         codec = self.store.codec() if self.store else None
@@ -104,7 +111,8 @@ class EvictingKV(KVMethod):
 
     def kv_bytes(self, shape: KVShape, tokens: int) -> int:
         """Once what is due has been evicted."""
-        full, slots = self.budget + self.buffer, -(-tokens // self.buffer) * self.buffer
+        period = self.store.group if self.store else self.buffer
+        full, slots = self.budget + period, -(-tokens // self.buffer) * self.buffer
         position, packed = 4 * shape.heads, 0
         if self.store and tokens >= full:
             coded = self.tiles * self.store.group
@@ -138,7 +146,8 @@ class EvictingLayer(AttendingLayer):
             self.store = SlotStore(*sizes, key_states, value_states)
         else:
             _require_equal_heads(key_states, value_states)
-            self.store = PackedSlotStore(self.codec, self.method.tiles, *sizes, key_states, value_states)
+            tiles = self.codec, self.method.tiles, self.method.pool
+            self.store = PackedSlotStore(*tiles, *sizes, key_states, value_states)
         self.is_initialized = True
 
     @property
@@ -161,7 +170,7 @@ class EvictingLayer(AttendingLayer):
         del self.pending
         self._watch(query)
         out = store.attend(query, mask, scaling, softcap)
-        due = (before > 0) & (store.held >= self.method.budget + self.method.buffer)
+        due = (before > 0) & store.due
         if due.any():
             self._evict(due, scaling)
         return out

@@ -11,22 +11,19 @@ Records of head sizes from 256 on are rounded up to 8 bytes like all others, not
 """
 
 from dataclasses import dataclass
-from functools import cache, partial
 
 import torch
 from torch import Tensor
 
-from strop.kv.codec import Balance, RoundedKV, RowCodec
-
-LOG_CLIP = (-0.3, 10.0)
-STD_CLIP = (1e-3, 1e3)
+from strop.kernels.tiles import LOG_CLIP, STD_CLIP, TIE
+from strop.kv.codec import RoundedKV, RowCodec
 
 
 def varn(tile: Tensor, n_iter: int = 8, normalize: str = "min_std") -> tuple[Tensor, Tensor]:
     """Scales that even out the standard deviations of a tile's rows and columns (Algorithm 1).
 
     `tile` `[..., R, C]` float32. Returns row scales `[..., R]` and column scales `[..., C]`: those of the
-    iteration whose imbalance (max / min deviation over columns, plus over rows) was lowest.
+    last iteration whose imbalance (max / min deviation over columns, plus over rows) was lowest.
     """
     unit = tile.new_ones(tile.shape[:-2])
     if normalize == "min_std":
@@ -39,17 +36,22 @@ def varn(tile: Tensor, n_iter: int = 8, normalize: str = "min_std") -> tuple[Ten
         log_r = grow(log_r, deviation(scaled(tile, log_r, log_c), -1))
         now_scaled = scaled(tile, log_r, log_c)
         now = imbalance(now_scaled)
-        better = now <= best
+        better = now <= best * (1 + TIE)
         best = torch.where(better, now, best)
         best_r = torch.where(better[..., None], log_r, best_r)
         best_c = torch.where(better[..., None], log_c, best_c)
     return best_r.exp(), best_c.exp() * unit[..., None]
 
 
-@cache
-def balancing(n_iter: int, normalize: str) -> Balance:
-    """`varn` with its settings; one object for equal settings, so that equal codecs compare equal."""
-    return partial(varn, n_iter=n_iter, normalize=normalize)
+@dataclass(frozen=True)
+class VarN:
+    """`varn` with its settings."""
+
+    n_iter: int = 8
+    normalize: str = "min_std"
+
+    def __call__(self, tile: Tensor) -> tuple[Tensor, Tensor]:
+        return varn(tile, self.n_iter, self.normalize)
 
 
 def deviation(tile: Tensor, dim: int) -> Tensor:
@@ -97,5 +99,5 @@ class KVarN(RoundedKV):
             raise ValueError(f'normalize must be "min_std" or "none", got {self.normalize!r}')
 
     def codec(self) -> RowCodec:
-        balance = balancing(self.n_iter, self.normalize)
+        balance = VarN(self.n_iter, self.normalize)
         return RowCodec(self.bits_k, self.bits_v, self.group, True, balance, self.aux_dtype)

@@ -1,10 +1,12 @@
-"""Slots of which most are packed: survivors of an eviction coded in tiles, a reserve in the model's dtype.
+"""Slots of which most are packed: survivors of an eviction in tiles, a reserve in the model's dtype.
 
-At an eviction packed tokens are decoded, compete with the others, and those that stay are coded again; the
-highest scored survivors, which the method reserves, and the newest tokens are kept as they are.
+At an eviction the highest scored of the unpacked tokens are spared, the newest stay, and the others become
+a tile, in order of time; then the lowest scored tiles go. A tile is coded once and leaves as a whole. To code
+the survivors of every eviction again would leave the choice to each token, but then errors add up: at 2 bits
+the KL was several times as large (docs/log.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,12 +27,21 @@ class PackedSlotStore(SlotStore):
     """
 
     def __init__(
-        self, codec: TileCodec, count: int, budget: int, buffer: int, keys: Tensor, values: Tensor
+        self,
+        codec: TileCodec,
+        count: int,
+        pool: Callable[[Tensor], Tensor],
+        budget: int,
+        buffer: int,
+        keys: Tensor,
+        values: Tensor,
     ) -> None:
-        """`count` tiles are coded of a row's survivors; the rest are as in a `SlotStore`."""
+        """Evicted rows have `count` tiles, scored by `pool` of their tokens' scores `[..., group]`."""
         super().__init__(budget, buffer, keys, values)
         batch, heads, _, dim = keys.shape
-        self.codec, self.count = codec, count
+        self.codec, self.count, self.pool = codec, count, pool
+        self.period = codec.group
+        self.fused = codec.fused(dim, keys.device.type)
         self.records = keys.new_empty(batch, 0, heads, codec.record_bytes(dim), dtype=torch.uint8)
         self.packed = keys.new_empty(batch, heads, 0, dtype=torch.int32)
         self.coded = torch.zeros(batch, dtype=torch.bool)
@@ -46,31 +57,41 @@ class PackedSlotStore(SlotStore):
 
     @property
     def room(self) -> int:
-        return self.budget + self.buffer - self.coding
+        return super().room - self.coding
 
     # Attention.
 
     def attend(self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None) -> Tensor:
         if not self.coded.any():
             return super().attend(query, mask, scaling, softcap)
-        mask, end = self.plain(query, mask), int(self.length.max())
+        mask = self.plain(query, mask)
+        if self.fused is None or mask is not None or query.shape[2] > 1:
+            return self._attend_regions(query, mask, scaling, softcap)
+        end = int(self.length.max())
+        own = None if self._level() else self._taken(end).to(query.device)
+        table = torch.arange(len(self.coded) * self.count, device=query.device).view(-1, self.count)
+        if not self.coded.all():
+            table = table.where(self.coded.to(query.device)[:, None], -1)
+        plain = self.keys[:, :, :end], self.values[:, :, :end]
+        return self.fused(
+            query, *plain, own, self.records.flatten(0, 1), table, scaling=scaling, softcap=softcap
+        )
+
+    def _attend_regions(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """Attention in plain torch, over tiles and slots, joined by log-sum-exp."""
+        end, device = int(self.length.max()), query.device
         rows = group_queries(query, self.keys.shape[1])
-        own = self.coded.to(query.device)[:, None, None, None]
-        packed = None if mask is None and self.coded.all() else own
-        if mask is not None:
-            packed = own & self.seen_by(query, mask, self.packed)
+        packed = self.seen_by(query, mask, self.packed) & self.coded.to(device)[:, None, None, None]
+        plain = self.seen_by(query, mask, self.positions[:, :, :end])
+        plain &= self._taken(end).to(device)[:, None, None]
         scores = cap(self.codec.scores(rows, self.records) * scaling, softcap)
-        if packed is not None:
-            packed = packed.expand(-1, -1, -1, scores.shape[-1])
-        visible = None
-        if mask is not None or query.shape[2] > 1 or not self._level():
-            slots = (torch.arange(end) < self.length[:, None]).to(query.device)[:, None, None]
-            visible = self.seen_by(query, mask, self.positions[:, :, :end]) & slots
         parts = [
             partial_attention(
                 scores, packed, lambda w: self.codec.accumulate(w, self.records, query.shape[-1])
             ),
-            attend_dense(rows, self.keys[:, :, :end], self.values[:, :, :end], visible, scaling, softcap),
+            attend_dense(rows, self.keys[:, :, :end], self.values[:, :, :end], plain, scaling, softcap),
         ]
         return ungroup(merge(parts).out, query)
 
@@ -85,36 +106,50 @@ class PackedSlotStore(SlotStore):
         keys, values = (x.transpose(1, 2).flatten(2, 3).to(self.keys.dtype) for x in decoded)
         found = [torch.cat(pair, 2) for pair in zip((keys, values, self.packed[pick]), plain, strict=True)]
         order = found[2].argsort(-1)
-        keys, values = (_take(x, order) for x in found[:2])
+        keys, values = (take(x, order) for x in found[:2])
         return keys, values, found[2].gather(-1, order)
 
     def keep(self, rows: Tensor, scores: Tensor) -> None:
-        keys, values, positions = self.candidates(rows)
-        kernel, end = kernels(scores.device.type), int(self.length[rows[0]])
-        kept = kernel.keep_top(scores, self.budget - self.buffer).long()
-        highest = kernel.keep_top(scores.gather(-1, kept), kept.shape[-1] - self.coding).long()
-        packed = torch.ones_like(kept, dtype=torch.bool).scatter(-1, highest, False)
-        packed = kept[packed].view(*kept.shape[:2], self.coding)
-        plain = kept.gather(-1, highest)
-        self._code(rows, _take(keys, packed), _take(values, packed), positions.gather(-1, packed))
-        pick, newest = self._pick(rows), slice(end - self.buffer, end)
-        fresh = _take(keys, plain), _take(values, plain), positions.gather(-1, plain)
-        for x, survivors in zip((self.keys, self.values, self.positions), fresh, strict=True):
-            x[pick, :, : survivors.shape[2] + self.buffer] = torch.cat([survivors, x[pick][:, :, newest]], 2)
+        kernel, pick, end = kernels(scores.device.type), self._pick(rows), int(self.length[rows[0]])
+        positions = self.candidates(rows)[2].contiguous()
+
+        def scored(places: Tensor) -> Tensor:
+            return scores.gather(-1, torch.searchsorted(positions, places.contiguous()))
+
+        plain = super().candidates(rows)
+        own = scored(plain[2])
+        spared = kernel.keep_top(own, self.budget - self.coding - self.buffer).long()
+        tiles = (own.shape[-1] - spared.shape[-1]) // self.codec.group
+        rest = own.clamp(min=torch.finfo(own.dtype).min).scatter(-1, spared, -torch.inf)
+        others = kernel.keep_top(rest, tiles * self.codec.group).long()
+        records, places = self._coded(*(take(x, others) for x in plain[:2])), plain[2].gather(-1, others)
+        if self.coded[rows[0]]:
+            records = torch.cat([self.records[pick], records], 1)
+            places = torch.cat([self.packed[pick], places], 2)
+        pooled = self.pool(scored(places).unflatten(-1, (-1, self.codec.group)))
+        self._hold(rows, records, places, kernel.keep_top(pooled, self.count).long())
+        survivors = (*(take(x, spared) for x in plain[:2]), plain[2].gather(-1, spared))
+        for x, old in zip((self.keys, self.values, self.positions), survivors, strict=True):
+            newest = x[pick][:, :, end - self.buffer : end]
+            x[pick, :, : spared.shape[-1] + self.buffer] = torch.cat([old, newest], 2)
         self.length[rows] = self.budget - self.coding
         self._shrink()
 
-    def _code(self, rows: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Pack `[b, H_kv, n, D]` keys and values into all tiles of `rows`."""
-        batch, heads = self.keys.shape[:2]
+    def _coded(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Tiles `[b, n, H_kv, bytes]` of `[b, H_kv, n * group, D]` keys and values."""
+        return self.codec.encode(
+            *(x.unflatten(2, (-1, self.codec.group)).transpose(1, 2) for x in (keys, values))
+        )
+
+    def _hold(self, rows: Tensor, records: Tensor, places: Tensor, kept: Tensor) -> None:
+        """Hold `kept` `[b, H_kv, count]` of tiles `[b, n, H_kv, bytes]` whose tokens came at `places`."""
         if not self.coded.any():
-            size = self.codec.record_bytes(keys.shape[-1])
-            self.records = self.records.new_zeros(batch, self.count, heads, size)
-            self.packed = self.packed.new_zeros(batch, heads, self.coding)
+            batch, heads = self.keys.shape[:2]
+            self.records = records.new_zeros(batch, self.count, heads, records.shape[-1])
+            self.packed = places.new_zeros(batch, heads, self.coding)
         pick = self._pick(rows)
-        tiled = (x.unflatten(2, (self.count, self.codec.group)).transpose(1, 2) for x in (keys, values))
-        self.records[pick] = self.codec.encode(*tiled)
-        self.packed[pick] = positions
+        self.records[pick] = take(records.transpose(1, 2), kept).transpose(1, 2)
+        self.packed[pick] = take(places.unflatten(-1, (-1, self.codec.group)), kept).flatten(2)
         self.coded[rows] = True
 
     # The batch, and files.
@@ -148,6 +183,6 @@ class PackedSlotStore(SlotStore):
         self.records, self.packed, self.coded = state["records"], state["packed"], state["coded"].cpu()
 
 
-def _take(tokens: Tensor, places: Tensor) -> Tensor:
+def take(tokens: Tensor, places: Tensor) -> Tensor:
     """Tokens `[B, H, m, D]` at `places` `[B, H, m]` of `[B, H, n, D]`."""
     return tokens.gather(2, places[..., None].expand(-1, -1, -1, tokens.shape[-1]))

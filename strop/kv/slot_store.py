@@ -26,7 +26,7 @@ class SlotStore:
     def __init__(self, budget: int, buffer: int, keys: Tensor, values: Tensor) -> None:
         """An empty store for tokens like `keys` and `values`; `budget` and `buffer` as in `EvictingKV`."""
         batch, heads, _, _ = keys.shape
-        self.budget, self.buffer = budget, buffer
+        self.budget, self.buffer, self.period = budget, buffer, buffer
         self.keys, self.values = keys[:, :, :0], values[:, :, :0]
         self.positions = keys.new_zeros(batch, heads, 0, dtype=torch.int32)
         self.length = torch.zeros(batch, dtype=torch.long)
@@ -46,7 +46,12 @@ class SlotStore:
     @property
     def room(self) -> int:
         """Slots that a row takes from its first eviction on."""
-        return self.budget + self.buffer
+        return self.budget + self.period
+
+    @property
+    def due(self) -> Tensor:
+        """Which rows hold so many tokens that some have to go, `[B]`."""
+        return self.held >= self.budget + self.period
 
     def place(self, keys: Tensor, values: Tensor) -> None:
         """Give the newest columns' tokens `[B, H_kv, q, D]` slots behind each row's own; pads get none."""
@@ -71,6 +76,10 @@ class SlotStore:
     def _level(self) -> bool:
         """Whether all rows take equally many slots."""
         return bool((self.length == self.length[0]).all())
+
+    def _taken(self, end: int) -> Tensor:
+        """Which of the first `end` slots each row takes, `[B, end]` bool."""
+        return torch.arange(end) < self.length[:, None]
 
     def _grow(self, slots: int) -> None:
         """Make room for so many slots, in steps of a buffer."""
@@ -107,7 +116,7 @@ class SlotStore:
         prompt = queries == self.columns and softcap is None
         if mask is None and self._level() and (queries == 1 or prompt):
             return None
-        own = (torch.arange(end) < self.length[:, None]).to(self.keys.device)[:, None, None]
+        own = self._taken(end).to(self.keys.device)[:, None, None]
         if mask is None and queries == 1:
             return own
         return self.seen_by(query, mask, self.positions[:, :, :end]) & own

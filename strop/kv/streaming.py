@@ -23,6 +23,10 @@ class StreamingLLM(EvictingKV):
         if not 0 <= self.sinks <= self.budget - self.buffer:
             raise ValueError(f"sinks must be from 0 to budget - buffer, got {self.sinks}")
 
+    @property
+    def reserved(self) -> int:
+        return self.sinks
+
     def scores(self, candidates: Candidates) -> Tensor:
         positions = candidates.positions
         return positions.float().masked_fill(positions < self.sinks, torch.inf)

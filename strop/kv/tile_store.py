@@ -6,6 +6,7 @@ are columns of the padded batch; what padding is, the caller says through `first
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +16,15 @@ from torch.nn.functional import pad
 from strop.core.errors import StropError
 
 TILES_AT_ONCE = 32
+Fused = Callable[..., Tensor]
+"""`strop.kernels.tiles.Kernels.attend` for one form of tiles; what follows the table is given by name."""
 
 
 class TileCodec(ABC):
     """Packs `group` tokens of one KV head into one record of bytes, and attends over records.
 
-    `scores` and `accumulate` decode whole tiles here; a codec that can compute on its codes overrides them.
+    `scores` and `accumulate` decode whole tiles here; a codec that can compute on its codes overrides them,
+    and one that has kernels offers `fused`.
     """
 
     group: int
@@ -50,6 +54,10 @@ class TileCodec(ABC):
         """Weighted sum of values `[B, H_kv, R, D]`, weights `[B, H_kv, R, N * G]`."""
         return weights @ _side_by_side(self.decode(records, dim)[1])
 
+    def fused(self, dim: int, device: str) -> Fused | None:
+        """Attention over plain tokens and records in one call, where a kernel serves the device and `dim`."""
+        return None
+
 
 def _side_by_side(tiles: Tensor) -> Tensor:
     """Tiles `[B, N, H_kv, G, D]` as tokens `[B, H_kv, N * G, D]`."""
@@ -70,7 +78,8 @@ class TileStore:
 
     `keys`, `values` `[B, H_kv, n, D]`: every row's sinks (none before the first tile is packed), then the
     tail, columns `base` and on. `records` `[tiles, H_kv, bytes]`, found through `table` `[B, m]` (-1: none).
-    `table`, `first` (column of the first real token) and `sunk` (sinks in place), `[B]`, live on the host.
+    `table`, `first` (column of the first real token) and `sunk` (sinks in place), `[B]`, live on the host,
+    and `near` is the table on the device.
     """
 
     def __init__(self, codec: TileCodec, sinks: int, tail: int, keys: Tensor, values: Tensor) -> None:
@@ -92,6 +101,7 @@ class TileStore:
         self.pack_at = int((self.tail_start + self.sinks - self.sunk).min()) + self.tail
         tail_is_own = (self.tail_start <= self.base).all() and (self.sunk == self.sink_slots).all()
         self.even = bool(tail_is_own and (self.table >= 0).all())
+        self.near = self.table.to(self.keys.device)
 
     @property
     def end(self) -> int:

@@ -33,6 +33,8 @@ from strop.kv.base import KVMethod, KVShape
 from strop.kv.tile_store import TILES_AT_ONCE, Places, TileCodec, TileStore
 
 QUERIES_AT_ONCE = 256
+QUERIES_FUSED = 8
+"""Most queries that a kernel answers sooner than matrix products over decoded tiles do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,7 @@ class TiledLayer(AttendingLayer):
                 "can code: leave the kv slot empty"
             )
         self.store = TileStore(self.codec, self.method.sinks, self.method.tail, key_states, value_states)
+        self.fused = self.codec.fused(of_keys, key_states.device.type)
         self.is_initialized = True
 
     @property
@@ -145,14 +148,10 @@ class TiledLayer(AttendingLayer):
         self._find_padding(mask)
         if self.store.untouched and softcap is None:
             out = self._attend_unpacked(query, mask, scaling)
+        elif self._fusible(query, mask):
+            out = self._attend_fused(query, scaling, softcap)
         else:
-            seen, parts = self.seen - query.shape[2], []
-            for start in range(0, query.shape[2], QUERIES_AT_ONCE):
-                part = query[:, :, start : start + QUERIES_AT_ONCE]
-                part_mask = None if mask is None else mask[:, :, start : start + QUERIES_AT_ONCE]
-                seen += part.shape[2]
-                parts.append(self._attend_packed(part, part_mask, seen, scaling, softcap))
-            out = torch.cat(parts, dim=1)
+            out = self._attend_packed(query, mask, scaling, softcap)
         self.settle()
         return out
 
@@ -171,7 +170,37 @@ class TiledLayer(AttendingLayer):
         )
         return out.transpose(1, 2).contiguous()
 
+    def _fusible(self, query: Tensor, mask: Tensor | None) -> bool:
+        """Whether a kernel can answer: a few queries, no gradients, and a mask that hides only padding."""
+        if self.fused is None or query.shape[2] > QUERIES_FUSED or query.requires_grad:
+            return False
+        if mask is None:
+            return True
+        if mask.shape[-1] != self.seen:
+            return False
+        columns = torch.arange(self.seen, device=query.device)[None]
+        real = columns >= self.store.first.to(query.device)[:, None]
+        return bool((mask == causal(query.shape[2], columns, self.seen) & real[:, None, None]).all())
+
+    def _attend_fused(self, query: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        store = self.store
+        own = None if store.even else store.slots().own
+        given = query, store.keys, store.values, own, store.records, store.near
+        return self.fused(*given, scaling=scaling, softcap=softcap)
+
     def _attend_packed(
+        self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
+    ) -> Tensor:
+        """Attention in plain torch, some queries at a time."""
+        seen, parts = self.seen - query.shape[2], []
+        for start in range(0, query.shape[2], QUERIES_AT_ONCE):
+            part = query[:, :, start : start + QUERIES_AT_ONCE]
+            part_mask = None if mask is None else mask[:, :, start : start + QUERIES_AT_ONCE]
+            seen += part.shape[2]
+            parts.append(self._attend_regions(part, part_mask, seen, scaling, softcap))
+        return torch.cat(parts, dim=1)
+
+    def _attend_regions(
         self, query: Tensor, mask: Tensor | None, seen: int, scaling: float, softcap: float | None
     ) -> Tensor:
         store, queries = self.store, query.shape[2]

@@ -61,6 +61,10 @@ class VaSE(ObservedKV):
         keep = wide.topk(min(self.reserved, wide.shape[-1])).indices
         return self._sampled(candidates, keep).scatter(-1, keep, torch.inf)
 
+    def pool(self, scores: Tensor) -> Tensor:
+        """The highest: over log weights with Gumbel noise, a draw of tiles by the sum of their weights."""
+        return scores.amax(-1)
+
     def _sampled(self, candidates: Candidates, keep: Tensor) -> Tensor:
         """Scores whose highest are a sample without replacement, `keep` left out."""
         log_weights = self.attention(candidates).log() / self.temperature

@@ -22,7 +22,7 @@ from strop.core.machine import code_version, environment, machine
 from strop.core.method import Method
 from strop.core.store import ResultStore
 from strop.model import Model, load
-from strop.recipe import CANDIDATES, METHODS, Recipe, method_name
+from strop.recipe import METHODS, Recipe, candidates, method_name
 from strop.tasks.data import Data, bundled, read_data
 from strop.tune.frontier import Row, judge
 from strop.tune.measure import Bench, Report, describe
@@ -138,6 +138,7 @@ class Study:
     ) -> None:
         self.base, self.data, self.work = base, data, work
         self.settings, self.resume, self.report = settings, resume, report
+        self.candidates = candidates(work.context)
         self.bench = Bench(base, work, settings.seed)
         self.store = ResultStore(out / "results.sqlite")
         self.fingerprint = base.checkpoint.fingerprint()
@@ -165,7 +166,7 @@ class Study:
     def _singles(self) -> Iterator[tuple[str, Method]]:
         """Every candidate, or those of the wanted methods; a wanted one that is none is tried as it is."""
         wanted = self.settings.methods
-        for slot, methods in CANDIDATES.items():
+        for slot, methods in self.candidates.items():
             names = [method_name(slot, method) for method in methods]
             for name, method in zip(names, methods, strict=True):
                 if wanted is None or name in wanted:
@@ -176,7 +177,9 @@ class Study:
 
     def _compositions(self, parts: dict[tuple[str, Method], Row]) -> list[dict[str, Method]]:
         """Products of the best few of each slot, by the product of their parts' scores."""
-        survivors: dict[str, list[tuple[float, Method | None]]] = {slot: [(1.0, None)] for slot in CANDIDATES}
+        survivors: dict[str, list[tuple[float, Method | None]]] = {
+            slot: [(1.0, None)] for slot in self.candidates
+        }
         for slot, found in survivors.items():
             alive = [
                 (row["score"], method)

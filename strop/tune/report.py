@@ -111,7 +111,10 @@ def verdict(row: Row, baseline: bool) -> tuple[str, str]:
 def point(row: Row, entry: Mapping[str, Any]) -> dict[str, Any]:
     """What the charts need of a measured recipe, the words of its hover label included."""
     method = row["recipe"].get("kv") if entry["changed"] == ["kv"] else None
-    family = next(iter(method), None) if isinstance(method, Mapping) else None
+    name = family = next(iter(method), None) if isinstance(method, Mapping) else None
+    store = method[family].get("store") if family and isinstance(method[family], Mapping) else None
+    if isinstance(store, Mapping):
+        family = f"{family} in {next(iter(store), None)}"
     hover = [
         f"{title}: {cell.text}" + (f" ({cell.note})" if cell.note else "")
         for title, cell in entry["cells"].items()
@@ -120,10 +123,11 @@ def point(row: Row, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "label": row["label"], "baseline": entry["baseline"], "chosen": row["chosen"],
         "frontier": row["on_frontier"], "within": row["within_drop"], "family": family,
-        "setting": str(row["slots"].get("kv")).removeprefix(str(family)).strip(),
+        "setting": str(row["slots"].get("kv")).removeprefix(str(name)).strip(),
         "memory": pick(row, "memory.ratio"), "kv": pick(row, "memory.kv_bytes"),
         "time": pick(row, "speed.step_ratio"), "drop": pick(row, "quality.drop_hi"),
         "kl": [pick(row, f"quality.{key}") for key in ("kl", "kl_lo", "kl_hi")],
+        "exact": pick(row, "quality.exact_match"),
         "hover": [entry["verdict"], *hover],
     }  # fmt: skip
 

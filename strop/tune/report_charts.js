@@ -166,6 +166,31 @@
     };
   }
 
+  /** A curve a KV cache method over the bytes that its settings take. */
+  function byMethod(marks, y, look, shapes) {
+    if (!marks.length) return null;
+    const whole = points.find((p) => p.baseline && known(p.kv));
+    const sizes = [...marks.map((m) => m.x), ...(whole ? [whole.kv] : [])];
+    const x = logScale(sizes, "KV cache, bytes (log)", bytes, 2);
+    const families = [...new Set(points.map((p) => p.family).filter(Boolean))];
+    const data = families.map((family, index) => {
+      const own = marks.filter((m) => m.point.family === family).sort((a, b) => a.x - b.x);
+      const color = look.series[index % 8];
+      const marker = { size: 9, color, symbol: SYMBOLS[(index + (index >> 3)) % 8] };
+      const line = { width: 1, color };
+      return { ...series(own, x, y, marker, look), mode: "lines+markers", line };
+    });
+    const note = whole && {
+      x: x.to(whole.kv), xanchor: "right", xshift: -4, y: 0, yref: "paper", yanchor: "bottom",
+      showarrow: false, text: "as it is", font: { size: 11.5, color: look.quiet },
+    };
+    return {
+      x, y, data, marks, notes: whole ? [note] : [],
+      shapes: whole ? [rule("x", x.to(whole.kv), look, "dot"), ...shapes] : shapes,
+      named: marks.map((m) => ({ mark: m, name: m.point.setting || m.point.label })),
+    };
+  }
+
   const CHARTS = {
     speed(look) {
       const marks = points
@@ -203,29 +228,18 @@
       const marks = points
         .filter((p) => p.family && known(p.kv) && known(p.kl[0]))
         .map((p) => ({ point: p, x: p.kv, y: p.kl[0], low: p.kl[1], high: p.kl[2] }));
-      if (!marks.length) return null;
-      const whole = points.find((p) => p.baseline && known(p.kv));
-      const sizes = [...marks.map((m) => m.x), ...(whole ? [whole.kv] : [])];
-      const x = logScale(sizes, "KV cache, bytes (log)", bytes, 2);
       const divergences = marks.flatMap((m) => [m.y, m.low, m.high].filter(known));
-      const y = logScale(divergences, "KL, nats a token (log)", plainNumber);
-      const families = [...new Set(points.map((p) => p.family).filter(Boolean))];
-      const data = families.map((family, index) => {
-        const own = marks.filter((m) => m.point.family === family).sort((a, b) => a.x - b.x);
-        const color = look.series[index % 8];
-        const marker = { size: 9, color, symbol: SYMBOLS[(index + (index >> 3)) % 8] };
-        const line = { width: 1, color };
-        return { ...series(own, x, y, marker, look), mode: "lines+markers", line };
-      });
-      const note = whole && {
-        x: x.to(whole.kv), xanchor: "right", xshift: -4, y: 0, yref: "paper", yanchor: "bottom",
-        showarrow: false, text: "as it is", font: { size: 11.5, color: look.quiet },
-      };
-      return {
-        x, y, data, marks, notes: whole ? [note] : [],
-        shapes: whole ? [rule("x", x.to(whole.kv), look, "dot")] : [],
-        named: marks.map((m) => ({ mark: m, name: m.point.setting || m.point.label })),
-      };
+      return byMethod(marks, logScale(divergences, "KL, nats a token (log)", plainNumber), look, []);
+    },
+
+    accuracy(look) {
+      const marks = points
+        .filter((p) => p.family && known(p.kv) && known(p.exact))
+        .map((p) => ({ point: p, x: p.kv, y: p.exact }));
+      const whole = points.find((p) => p.baseline && known(p.exact));
+      const shares = [0, ...marks.map((m) => m.y), ...(whole ? [whole.exact] : [])];
+      const y = linearScale(shares, "exact match");
+      return byMethod(marks, y, look, whole ? [rule("y", whole.exact, look, "dot")] : []);
     },
   };
 
