@@ -106,7 +106,7 @@ def test_every_claim_says_everything(tables):
         assert claim.paper == "kvarn" and claim.scale == "tiny" and claim.verdict in VERDICTS
         assert all((claim.claim, claim.paper_value, claim.measured, claim.varied, claim.reason))
         if claim.verdict == "needs a GPU":
-            assert claim.interval is None and "kernels" in claim.reason
+            assert claim.interval is None and "CUDA" in claim.reason
         else:
             assert claim.seeds >= 2 and claim.details and claim.seconds >= 0
             assert claim.interval is None or claim.interval[0] <= claim.interval[1]

@@ -21,9 +21,9 @@ FASTMATH = {"contract", "reassoc", "nsz"}
 """What may change a rounding, but hides neither NaN nor infinity."""
 kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=FASTMATH)
 """What Python calls."""
-jit = njit(nogil=True, error_model="numpy", fastmath=FASTMATH, no_cpython_wrapper=True)
+jit = njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
 """What kernels call."""
-jit_finite = njit(nogil=True, error_model="numpy", fastmath=True, no_cpython_wrapper=True)
+jit_finite = njit(nogil=True, error_model="numpy", fastmath=True)
 """The same where a NaN may get lost."""
 
 FORM = np.dtype(

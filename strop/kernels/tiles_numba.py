@@ -111,21 +111,8 @@ def _attend(query, keys, values, own, records, table, forms, scaling, softcap, f
         tiles = table[row, count * run // runs : count * (run + 1) // runs]
         start, stop = plain * run // runs, plain * (run + 1) // runs
         read = own[row, start:stop] if len(own) else np.ones(stop - start, np.bool_)
-        _attend_unit(
-            rows,
-            keys[row, head, start:stop],
-            values[row, head, start:stop],
-            read,
-            plain - queries - start,
-            queries,
-            records,
-            tiles,
-            head,
-            forms[0],
-            softcap,
-            sums,
-            tops,
-        )
+        k, v, early = keys[row, head, start:stop], values[row, head, start:stop], plain - queries - start
+        _attend_unit(rows, k, v, read, early, queries, records, tiles, head, forms[0], softcap, sums, tops)
         for n in range(len(rows)):
             lse[run, row, n % queries, head * groups + n // queries] = tops[n]
             for d in range(dim):
@@ -162,39 +149,20 @@ def _attend_unit(query, keys, values, own, early, queries, records, tiles, head,
 @jit
 def _weigh(weights, at, rows, out):
     """Add `weights[:, at:] @ rows` to `out`: `[n, at + R]`, `[R, C]` codes or numbers, `[n, C]`."""
-    count, blocks = len(weights), len(rows) // BLOCK * BLOCK
+    blocks = len(rows) // BLOCK * BLOCK
     for r in range(0, blocks, BLOCK):
-        block, start, stop = rows[r : r + BLOCK], at + r, at + r + BLOCK
-        for n in range(0, count - 1, 2):
-            _add_two(weights[n, start:stop], weights[n + 1, start:stop], block, out[n], out[n + 1])
-        if count % 2:
-            _add_one(weights[count - 1, start:stop], block, out[count - 1])
+        for n in range(len(weights)):
+            w, o = weights[n, at + r : at + r + BLOCK], out[n]
+            w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+            for c in range(rows.shape[1]):
+                part = w0 * _widen(rows[r, c]) + w1 * _widen(rows[r + 1, c])
+                part += w2 * _widen(rows[r + 2, c]) + w3 * _widen(rows[r + 3, c])
+                part += w4 * _widen(rows[r + 4, c]) + w5 * _widen(rows[r + 5, c])
+                o[c] += part + w6 * _widen(rows[r + 6, c]) + w7 * _widen(rows[r + 7, c])
     for r in range(blocks, len(rows)):
-        for n in range(count):
+        for n in range(len(weights)):
             for c in range(rows.shape[1]):
                 out[n, c] += weights[n, at + r] * _widen(rows[r, c])
-
-
-@jit
-def _add_one(w, rows, out):
-    """Add `w @ rows` to `out`: `[8]`, `[8, C]`, `[C]`."""
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    for c in range(len(out)):
-        x0, x1, x2, x3 = _widen(rows[0, c]), _widen(rows[1, c]), _widen(rows[2, c]), _widen(rows[3, c])
-        x4, x5, x6, x7 = _widen(rows[4, c]), _widen(rows[5, c]), _widen(rows[6, c]), _widen(rows[7, c])
-        out[c] += w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4 + w5 * x5 + w6 * x6 + w7 * x7
-
-
-@jit
-def _add_two(v, w, rows, out, more):
-    """`_add_one` of `v` to `out` and of `w` to `more`: rows are widened once for both."""
-    v0, v1, v2, v3, v4, v5, v6, v7 = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]
-    w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    for c in range(len(out)):
-        x0, x1, x2, x3 = _widen(rows[0, c]), _widen(rows[1, c]), _widen(rows[2, c]), _widen(rows[3, c])
-        x4, x5, x6, x7 = _widen(rows[4, c]), _widen(rows[5, c]), _widen(rows[6, c]), _widen(rows[7, c])
-        out[c] += v0 * x0 + v1 * x1 + v2 * x2 + v3 * x3 + v4 * x4 + v5 * x5 + v6 * x6 + v7 * x7
-        more[c] += w0 * x0 + w1 * x1 + w2 * x2 + w3 * x3 + w4 * x4 + w5 * x5 + w6 * x6 + w7 * x7
 
 
 @jit

@@ -33,7 +33,7 @@ from strop.kv.base import KVMethod, KVShape
 from strop.kv.tile_store import TILES_AT_ONCE, Places, TileCodec, TileStore
 
 QUERIES_AT_ONCE = 256
-QUERIES_FUSED = 8
+QUERIES_FUSED = 64
 """Most queries that a kernel answers sooner than matrix products over decoded tiles do."""
 
 
