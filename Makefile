@@ -37,11 +37,12 @@ check: $(DEV_STAMP)
 PY ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(PY)),$(DEV_STAMP))
 	$(PY) -m pytest -m gpu tests/test_gpu.py tests/test_kernels_triton.py
-	$(PY) docs/measure_gpu.py
+	PYTHONPATH=. $(PY) docs/measure_gpu.py
 
 report: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/strop tune zoo:coder --out runs/demo --resume --json > docs/results/demo.json
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/measure_kv.py --out docs/results/kv.json
+	OMP_NUM_THREADS=1 $(BIN)/python docs/measure_kv_speed.py --out docs/results/kv-speed.json
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python docs/measure_claims.py --out docs/results/claims.json
 	$(BIN)/python docs/report.py
 	if command -v chromium > /dev/null; then chromium --headless --no-sandbox --disable-gpu --hide-scrollbars \

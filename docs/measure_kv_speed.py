@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 python docs/measure_kv_speed.py --out docs/results/kv-speed.json
 
 A Qwen3 of zoo:coder's shape (6 layers, d = 256, 2 KV heads of 64) with random weights. Caches are filled with
-random keys and values, then every method takes one step in turn, 24 times, the twelfth of which is where
-packed caches flush. A step is the median, the flush the slowest of these; the KV part is the step minus the
-same method's step at context 1. The stock caches are left out above `LARGE` tokens in all, where one flush of
-theirs takes minutes. Rows are written as they are measured and not measured again.
+random keys and values, then every method in turn takes one step there and one at context 1, 24 times, the
+twelfth of which is where packed caches flush. A step is the median, the flush the slowest of these; the KV
+part is the median of the differences to the step at context 1. The stock caches are left out above `LARGE`
+tokens in all, where one flush of theirs takes minutes. Rows are written as they are measured and not measured
+again.
 """
 
 import argparse
@@ -66,40 +67,47 @@ def filled(model: PreTrainedModel, method: KVMethod | None, batch: int, context:
     return cache
 
 
+def seconds(model: PreTrainedModel, cache: Cache, batch: int) -> float:
+    """One step's time."""
+    ids, start = torch.full((batch, 1), 7), time.perf_counter()
+    model(ids, past_key_values=cache)
+    return time.perf_counter() - start
+
+
 @torch.no_grad()
 def step_times(pair: dict[str, PreTrainedModel], batch: int, context: int) -> dict[str, dict]:
-    """Seconds of every step `[STEPS]` and bytes of the cache, by method."""
+    """Seconds of the steps at `context` and at context 1, `[STEPS, 2]`, and bytes of a cache, by method."""
     held = {}
     for name, method in METHODS.items():
         if isinstance(method, Quantized) and batch * context > LARGE:
             continue
         model = pair["strop" if isinstance(method, KVarN) else "sdpa"]
-        held[name] = model, filled(model, method, batch, context)
-    ids, times = torch.full((batch, 1), 7), {name: [] for name in held}
+        held[name] = model, [filled(model, method, batch, at) for at in (context, 1)]
+    times = {name: [] for name in held}
     for _ in range(STEPS):
-        for name, (model, cache) in held.items():
-            start = time.perf_counter()
-            model(ids, past_key_values=cache)
-            times[name].append(time.perf_counter() - start)
-    return {name: {"s": np.array(times[name]), "bytes": tensor_bytes(held[name][1].layers)} for name in held}
+        for name, (model, caches) in held.items():
+            times[name].append([seconds(model, cache, batch) for cache in caches])
+    return {
+        name: {"s": np.array(times[name]), "bytes": tensor_bytes(held[name][1][0].layers)} for name in held
+    }
 
 
 def rows(pair: dict[str, PreTrainedModel], dtype: str, batch: int, context: int) -> list[dict]:
     """One row a method."""
-    bare, timed = step_times(pair, batch, 1), step_times(pair, batch, context)
-    dense = timed["dense"]["s"]
-    kv = {name: 1000 * float(np.median(timed[name]["s"]) - np.median(bare[name]["s"])) for name in timed}
+    timed = step_times(pair, batch, context)
+    dense = timed["dense"]["s"][:, 0]
+    kv = {name: 1000 * float(np.median(found["s"] @ (1, -1))) for name, found in timed.items()}
     return [
         {
             "dtype": dtype,
             "batch": batch,
             "context": context,
             "method": name,
-            "step_ms": 1000 * float(np.median(found["s"])),
+            "step_ms": 1000 * float(np.median(found["s"][:, 0])),
             "kv_ms": kv[name],
-            "flush_ms": None if name == "dense" else 1000 * float(found["s"].max()),
+            "flush_ms": None if name == "dense" else 1000 * float(found["s"][:, 0].max()),
             "bytes": found["bytes"],
-            "step_ratio": float(np.median(found["s"] / dense)),
+            "step_ratio": float(np.median(found["s"][:, 0] / dense)),
             "kv_ratio": kv[name] / kv["dense"],
         }
         for name, found in timed.items()

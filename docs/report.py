@@ -8,25 +8,15 @@ Reads docs/results/*.json, which `make report` measures; a table whose file is m
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from report_speed import decode, encode, evict, measured_on, serve, steps, table
+
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def measured_on(machine: dict[str, Any]) -> str:
-    """Machine, versions and date, in one line."""
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread(s)"
-    versions = f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}"
-    return f"Measured on {where}; {versions}; {machine['date'][:10]}."
 
 
 def demo(study: dict[str, Any]) -> str:
@@ -137,19 +127,25 @@ def short(results: dict[str, Any]) -> str:
     return table(["paper", "claim", "here"], rows)
 
 
-def verdicts(results: dict[str, Any]) -> str:
-    """How many claims got which verdict, in one line."""
-    tally = Counter(claim["verdict"] for claim in results["claims"])
+def verdicts(results: dict[str, Any], paper: str) -> str:
+    """How many claims of a paper got which verdict, in one line."""
+    tally = Counter(claim["verdict"] for claim in results["claims"] if claim["paper"] == paper)
     return ", ".join(f"{count} {verdict}" for verdict, count in tally.items())
 
 
 TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "demo": ("demo.json", demo),
     "kv": ("kv.json", kv),
+    "steps": ("kv-speed.json", steps),
+    "decode": ("gpu-kvarn.json", decode),
+    "encode": ("gpu-kvarn.json", encode),
+    "evict": ("gpu-evict.json", evict),
+    "serve": ("gpu-evict.json", serve),
     "kvpress": ("kv-kvpress.json", kvpress),
     "claims": ("claims.json", claims),
     "short": ("claims.json", short),
-    "kvarn": ("claims.json", verdicts),
+    "kvarn": ("claims.json", partial(verdicts, paper="kvarn")),
+    "vase": ("claims.json", partial(verdicts, paper="vase")),
 }
 
 

@@ -7,6 +7,8 @@ import strop
 from strop.audit import speed
 from strop.kv import KIVI, HadamardRTN, KVarN
 from strop.kv.kvarn import varn
+
+pytest.importorskip("plotly", reason="a study writes its report with plotly")
 from strop.tune import workload
 from strop.tune.engine import Settings, tune
 

@@ -22,7 +22,8 @@ from strop.kv import (
 )
 from strop.kv.evicting import EvictingLayer
 from strop.kv.rkv import redundancy
-from strop.recipe import METHODS, Recipe
+from strop.recipe import LONG, METHODS, Recipe
+from strop.recipe import candidates as candidates_of
 
 
 def test_gumbel_top_k_is_sampling_without_replacement():
@@ -216,3 +217,19 @@ def test_presses_of_kvpress_serve_as_they_are():
         assert Press(budget=32, buffer=8, press=kind()).scores(candidates()).shape == (1, 2, 64)
     with pytest.raises(StropError, match="asks for more"):
         Press(budget=32, buffer=8, press=kvpress.SnapKVPress()).scores(candidates())
+
+
+def test_long_contexts_get_budgets_to_try():
+    """Half and a quarter of the tokens, alone and over a store, as whole buffers."""
+    short, long = (dict.fromkeys(candidates_of(context)["kv"]) for context in (LONG - 1, 2000))
+    tried = [method for method in long if method not in short]
+    assert list(short) == list(candidates_of(1)["kv"]) and list(short) == list(long)[: len(short)]
+    assert {(type(m), m.budget, m.store is None) for m in tried} >= {
+        (VaSE, 960, True),
+        (VaSE, 448, True),
+        (VaSE, 960, False),
+        (VaSE, 448, False),
+    }
+    assert all(method.budget % method.buffer == 0 for method in tried)
+    for context in (LONG, 4096):
+        assert len(set(candidates_of(context)["kv"])) == len(candidates_of(context)["kv"])

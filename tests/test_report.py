@@ -88,6 +88,20 @@ def test_a_slot_that_only_one_recipe_fills_has_a_column(study, tmp_path):
     assert "Prune" in text and "psvit 0.25" in text
 
 
+def test_exact_match_has_a_curve_where_it_was_measured(study):
+    assert 'id="accuracy"' not in render(study)
+    for row in study["rows"]:
+        if row["quality"]:
+            row["quality"]["exact_match"] = 0.5
+    assert 'id="accuracy"' in render(study)
+
+
+def test_a_store_has_a_curve_of_its_own(study):
+    row = next(row for row in study["rows"] if "vase" in row["recipe"].get("kv", {}))
+    row["recipe"]["kv"]["vase"]["store"] = {"kvarn": {"bits_k": 4}}
+    assert "</span> vase in kvarn</li>" in render(study)
+
+
 def test_hostile_text_stays_text(study, tmp_path):
     for entry in study["rows"]:
         entry |= {"label": HOSTILE, "reason": HOSTILE}

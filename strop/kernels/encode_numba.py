@@ -28,6 +28,8 @@ LOG_LOW, LOG_HIGH = (np.float32(bound) for bound in LOG_CLIP)
 STD_LOW, STD_HIGH = (np.float32(bound) for bound in STD_CLIP)
 EQUAL = np.float32(1 + TIE)
 LARGEST = np.float32(3e38)
+PACKING = 64
+"""Codes that are attended over while one is packed."""
 
 
 def encode(keys: Tensor, values: Tensor, form: TileForm) -> Tensor:
@@ -38,7 +40,7 @@ def encode(keys: Tensor, values: Tensor, form: TileForm) -> Tensor:
     records = torch.zeros(*keys.shape[:-2], form.record_bytes, dtype=torch.uint8)
     given = *tokens, as_array(form), records.view(-1, form.record_bytes).numpy()
     count = len(tokens[0])
-    threads = min(workers(2 * keys.numel()), max(count, 1))
+    threads = min(workers(2 * keys.numel() * PACKING), max(count, 1))
     share(lambda first, last: _encode(*given, first, last), count, threads)
     return records
 

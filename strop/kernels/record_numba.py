@@ -4,6 +4,7 @@ numba keeps compiled kernels on disk and compiles again when the kernel's own fi
 passes unnoticed: remove `__pycache__` after one.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, fields
@@ -38,8 +39,8 @@ E4M3_MAX, E4M3_TINY, E4M3_NORMAL = np.float32(448), np.float32(2**-9), np.float3
 HALF_MAX = np.float32(65504)
 WHOLE = np.float32(2**23)
 """Added to a number below it, rounds it to a whole one and leaves that in the lowest bits."""
-ENOUGH = 1 << 18
-"""Codes that are worth a thread."""
+ENOUGH = 1 << 21
+"""Codes to attend over that are worth a thread."""
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +50,7 @@ def as_array(form: TileForm) -> np.ndarray:
 
 
 def workers(codes: int) -> int:
-    """Threads to use on so many codes."""
+    """Threads to attend with over so many codes."""
     return min(torch.get_num_threads(), codes // ENOUGH + 1)
 
 
@@ -62,12 +63,12 @@ def share(work: Callable[[int, int], None], units: int, threads: int) -> None:
     if threads == 1:
         work(0, units)
     else:
-        list(_pool(threads).map(work, edges, edges[1:]))
+        list(_pool().map(work, edges, edges[1:]))
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count())
 
 
 @intrinsic

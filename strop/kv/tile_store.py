@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from strop.core.cache import require
 from strop.core.errors import StropError
 
 TILES_AT_ONCE = 32
@@ -163,22 +164,22 @@ class TileStore:
         """Raise ValueError unless every real token is held once and every record is used."""
         batch, heads, _, dim = self.keys.shape
         record = (heads, self.codec.record_bytes(dim))
-        _require(self.keys.shape == self.values.shape, "keys and values of different shapes")
-        _require(self.records.shape[1:] == record, "records of another size")
-        _require(self.records.dtype == torch.uint8, "records that are no bytes")
-        _require(self.table.dim() == 2 and len(self.table) == batch, "a table of another batch")
-        _require(self.first.shape == self.sunk.shape == (batch,), "rows without a start")
-        _require(self.sink_slots in (0, self.sinks) and 0 <= self.base <= self.end, "columns out of range")
-        _require((self.first >= 0).all() and (self.first <= self.end).all(), "rows that start out of range")
-        _require(((self.sunk == 0) | (self.sunk == self.sink_slots)).all(), "half of the sinks")
-        _require((self.tail_start >= self.base).all(), "a token that is in no region")
-        _require(((self.packed == 0) | (self.tail_start <= self.end)).all(), "more tiles than tokens")
+        require(self.keys.shape == self.values.shape, "keys and values of different shapes")
+        require(self.records.shape[1:] == record, "records of another size")
+        require(self.records.dtype == torch.uint8, "records that are no bytes")
+        require(self.table.dim() == 2 and len(self.table) == batch, "a table of another batch")
+        require(self.first.shape == self.sunk.shape == (batch,), "rows without a start")
+        require(self.sink_slots in (0, self.sinks) and 0 <= self.base <= self.end, "columns out of range")
+        require((self.first >= 0).all() and (self.first <= self.end).all(), "rows that start out of range")
+        require(((self.sunk == 0) | (self.sunk == self.sink_slots)).all(), "half of the sinks")
+        require((self.tail_start >= self.base).all(), "a token that is in no region")
+        require(((self.packed == 0) | (self.tail_start <= self.end)).all(), "more tiles than tokens")
         held = self.table >= 0
-        _require((held[:, :-1] >= held[:, 1:]).all() and (self.table >= -1).all(), "a hole among its tiles")
+        require((held[:, :-1] >= held[:, 1:]).all() and (self.table >= -1).all(), "a hole among its tiles")
         tiles = [row[row >= 0] for row in self.table]
-        _require(all(len(row.unique()) == len(row) for row in tiles), "a tile twice in one row")
+        require(all(len(row.unique()) == len(row) for row in tiles), "a tile twice in one row")
         used = torch.cat(tiles).unique().tolist()
-        _require(used == list(range(len(self.records))), "records without a place")
+        require(used == list(range(len(self.records))), "records without a place")
 
     # What changes it.
 
@@ -276,11 +277,6 @@ class TileStore:
         if len(tiles) < len(self.records):
             self.records = self.records[tiles.to(self.records.device)]
         self._note()
-
-
-def _require(holds: Any, otherwise: str) -> None:
-    if not holds:
-        raise ValueError(f"this cache holds {otherwise}")
 
 
 def _take(held: Tensor, rows: Tensor, slots: Tensor) -> Tensor:

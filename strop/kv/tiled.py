@@ -27,7 +27,7 @@ from strop.core.attention import (
     partial_attention,
     ungroup,
 )
-from strop.core.cache import AttendingLayer, KVCache
+from strop.core.cache import AttendingLayer, KVCache, first_real
 from strop.core.errors import StropError
 from strop.kv.base import KVMethod, KVShape
 from strop.kv.tile_store import TILES_AT_ONCE, Places, TileCodec, TileStore
@@ -226,18 +226,10 @@ class TiledLayer(AttendingLayer):
         return partial_attention(scores, visible, weigh)
 
     def _find_padding(self, mask: Tensor | None) -> None:
-        """Find where rows start that held no real token so far; the newest query sees all of its row."""
-        first = self.store.first
-        if mask is None or not (unknown := first >= self.seen - mask.shape[-2]).any():
-            return
-        sees = mask[:, 0, -1].cpu().expand(len(first), -1)
-        begin = torch.where(sees.any(-1), sees.int().argmax(-1), self.seen)
-        if not (sees.sum(-1) == self.seen - begin)[unknown].all():
-            raise StropError(
-                "this batch is padded on the right or in the middle: pad on the left "
-                "(tokenizer.padding_side = 'left'), as generation needs"
-            )
-        self.store.begin(torch.where(unknown, begin, first))
+        """Find where rows start that held no real token so far."""
+        first = first_real(mask, self.store.first, self.seen)
+        if first is not self.store.first:
+            self.store.begin(first)
 
     # What generation does to a batch.
 

@@ -1,0 +1,131 @@
+"""The tables of time and bytes that `report.py` writes: steps on a CPU, kernels and serving on a GPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Rows = list[dict[str, Any]]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def measured_on(machine: dict[str, Any]) -> str:
+    """Machine, versions and date, in one line."""
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread(s)"
+    versions = f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}"
+    return f"Measured on {where}; {versions}; {machine['date'][:10]}."
+
+
+def steps(results: dict[str, Any]) -> str:
+    """Decode steps on a CPU."""
+    rows = [
+        [
+            row["dtype"],
+            str(row["batch"]),
+            f"{row['context']:,}",
+            row["method"],
+            f"{row['step_ms']:.1f}",
+            f"{row['step_ratio']:.2f}",
+            f"{row['kv_ms']:.1f}",
+            "-" if row["flush_ms"] is None else f"{row['flush_ms']:,.0f}",
+            f"{row['bytes'] / 2**20:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    head = ["dtype", "batch", "context", "cache", "step, ms", "/ dense", "KV part, ms", "flush, ms", "MiB"]
+    return f"{table(head, rows)}\n\n`python docs/measure_kv_speed.py`. {measured_on(results['machine'])}"
+
+
+def _part(results: dict[str, Any], part: str) -> Rows:
+    return [row for row in results["rows"] if row["name"].startswith(f"{part} ")]
+
+
+def _gpu(head: Sequence[str], rows: Sequence[Sequence[str]], results: dict[str, Any]) -> str:
+    return f"{table(head, rows)}\n\n`make gpu`. {measured_on(results['machine'])}"
+
+
+def decode(results: dict[str, Any]) -> str:
+    """Attention of one token in one layer, KVarN beside bf16."""
+    rows = []
+    for row in _part(results, "decode"):
+        times = row["methods"]
+        for name, found in times.items():
+            rows.append(
+                [
+                    row["name"].removeprefix("decode "),
+                    name,
+                    f"{found['ms']:.3f}",
+                    f"{found['speedup']:.2f}",
+                    f"{found['gb_s']:,.0f}",
+                    f"{row['copy_gb_s']:,.0f}",
+                    f"{found['eager_ms']:.3f}",
+                    f"{found['error']:.4f}" if found.get("error") is not None else "-",
+                ]
+            )
+    head = ["case", "attention", "ms", "speed-up", "GB/s", "copy, GB/s", "eager, ms", "error"]
+    return _gpu(head, rows, results)
+
+
+def encode(results: dict[str, Any]) -> str:
+    """Packing 128 tokens of all layers."""
+    rows = [
+        [
+            row["name"].removeprefix("encode "),
+            f"{row['triton_ms']:.2f}",
+            f"{row['triton_by_layer_ms']:.2f}",
+            f"{row['torch_ms']:.2f}",
+            f"{row['generate_128_floor_ms']:,.0f}",
+            f"{row['triton_by_layer_ms'] / row['generate_128_floor_ms']:.2%}",
+            f"{row['generate_128_ms']:,.0f}",
+            f"{row['triton_by_layer_eager_ms'] / row['generate_128_ms']:.2%}",
+        ]
+        for row in _part(results, "encode")
+    ]
+    head = [
+        "model",
+        "Triton, one launch, ms",
+        "layer by layer, ms",
+        "torch, ms",
+        "128 steps at best, ms",
+        "share",
+        "128 steps by transformers, ms",
+        "share",
+    ]
+    return _gpu(head, rows, results)
+
+
+def evict(results: dict[str, Any]) -> str:
+    """One eviction of one layer."""
+    parts = ("observe", "range", "gumbel", "keep_top", "gather")
+    rows = [
+        [
+            row["name"].rpartition(" ")[2],
+            f"{row['triton_ms']:.2f}",
+            f"{row['torch_ms']:.2f}",
+            f"{row['torch_ms'] / row['triton_ms']:.1f}",
+            *(f"{row[f'triton_{part}_ms']:.3f} / {row[f'torch_{part}_ms']:.3f}" for part in parts),
+        ]
+        for row in _part(results, "evict")
+    ]
+    return _gpu(["slots", "Triton, ms", "torch, ms", "speed-up", *parts], rows, results)
+
+
+def serve(results: dict[str, Any]) -> str:
+    """Throughput and memory of long answers."""
+    found = _part(results, "serve")
+    full = {row["name"].split()[1]: row["tokens_per_s_of_kernels"] for row in found if "full" in row["name"]}
+    rows = [
+        [
+            row["name"].removeprefix("serve "),
+            f"{row['tokens_per_s_of_kernels']:,.0f}",
+            f"{row['tokens_per_s_of_kernels'] / full[row['name'].split()[1]]:.2f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['peak_gib']:.1f}",
+        ]
+        for row in found
+    ]
+    head = ["case", "tokens/s of the kernels", "/ full", "tokens/s as transformers launches", "peak, GiB"]
+    return _gpu(head, rows, results)
