@@ -60,6 +60,26 @@ class Claim:
         return dataclasses.asdict(self)
 
 
+def on_a_gpu(paper: str, scale: str, said: Mapping[str, str]) -> list[Claim]:
+    """Claims about time and memory of large models: what a paper says, by claim, unmeasured here."""
+    return [
+        Claim(
+            paper=paper,
+            claim=claim,
+            paper_value=value,
+            measured="not measured",
+            interval=None,
+            seeds=0,
+            varied="nothing",
+            verdict="needs a GPU",
+            reason="needs a CUDA device: `make gpu` measures it, docs/gpu.md tells",
+            scale=scale,
+            seconds=0.0,
+        )
+        for claim, value in said.items()
+    ]
+
+
 def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of the mean."""
     _, low, high = bootstrap(np.asarray(values, dtype=float), lambda sample: sample.mean(1), seed)

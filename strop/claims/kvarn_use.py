@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from strop.claims.base import Claim, Row, Table, graded, interval, listed, ratio
+from strop.claims.base import Claim, Row, Table, graded, interval, listed, on_a_gpu, ratio
 from strop.claims.codec_bed import CODER, PLANTED, Scale
 from strop.claims.codec_study import PRESETS, RIVALS
 
@@ -129,19 +129,4 @@ def system(scale: Scale) -> list[Claim]:
             "1.9 ms for 128 tokens against 1,050 ms to generate them (0.18 %), Qwen3-4B"
         ),
     }
-    return [
-        Claim(
-            paper="kvarn",
-            claim=claim,
-            paper_value=value,
-            measured="not measured",
-            interval=None,
-            seeds=0,
-            varied="nothing",
-            verdict="needs a GPU",
-            reason="needs a CUDA device: `make gpu` measures it, docs/gpu.md tells",
-            scale=scale.name,
-            seconds=0.0,
-        )
-        for claim, value in said.items()
-    ]
+    return on_a_gpu("kvarn", scale.name, said)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from strop.claims.base import Claim, Table, graded, interval, listed, ratio
+from strop.claims.base import Claim, Table, graded, interval, listed, on_a_gpu, ratio
 from strop.claims.codec_bed import CODER, PLAIN, PLANTED
 from strop.claims.evict_policies import ATTN_V, CUR, DKV, R_KV, RESERVED, SAMPLED, SNAP
 from strop.claims.large_values import LargeValues
@@ -195,19 +195,4 @@ def system(scale: Scale) -> list[Claim]:
             "Qwen3-14B, 16K tokens, K=4096: full 68.7, R-KV 42.4, AttnV 39.6, DKV 38.9 GB"
         ),
     }
-    return [
-        Claim(
-            paper="vase",
-            claim=claim,
-            paper_value=value,
-            measured="not measured",
-            interval=None,
-            seeds=0,
-            varied="nothing",
-            verdict="needs a GPU",
-            reason="needs a CUDA device: `make gpu` measures it, docs/gpu.md tells",
-            scale=scale.name,
-            seconds=0.0,
-        )
-        for claim, value in said.items()
-    ]
+    return on_a_gpu("vase", scale.name, said)
