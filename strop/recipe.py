@@ -192,7 +192,10 @@ class Recipe:
 
 def method_name(slot: str, method: Method) -> str:
     """The name by which `METHODS` knows a method object."""
-    return next(name for name, kind in METHODS[slot].items() if type(method) is kind)
+    for name, kind in METHODS[slot].items():
+        if type(method) is kind:
+            return name
+    raise StropError(f"a {type(method).__name__} has no name in recipes: use it from Python")
 
 
 def label(slot: str, method: Method) -> str:
@@ -227,12 +230,23 @@ def _parse(slot: str, node: Any) -> Any:
         if key not in known:
             raise StropError(f"{name} has no field {key!r}; {did_you_mean(str(key), known)}")
         hint = hints[key].type if isinstance(hints[key], dataclasses.InitVar) else hints[key]
-        nested = isinstance(value, dict) and any(issubclass(kind, Method) for kind in _kinds(hint))
-        values[key] = _parse(slot, value) if nested else _scalar(f"{name}.{key}", value, hint)
+        if isinstance(value, (dict, str)) and any(issubclass(kind, Method) for kind in _kinds(hint)):
+            values[key] = _nested(slot, f"{name}.{key}", value, hint)
+        else:
+            values[key] = _scalar(f"{name}.{key}", value, hint)
     try:
         return kind(**values)
     except (ValueError, TypeError, OverflowError) as error:
         raise StropError(f"{slot} method {name!r}: {error}") from error
+
+
+def _nested(slot: str, where: str, node: Any, hint: Any) -> Method:
+    """A method that is a field of another."""
+    method = _parse(slot, node)
+    if not isinstance(method, _kinds(hint)):
+        fit = [name for name, kind in METHODS[slot].items() if issubclass(kind, _kinds(hint))]
+        raise StropError(f"{where} cannot be {method_name(slot, method)}; known: {', '.join(fit)}")
+    return method
 
 
 def _kinds(hint: Any) -> tuple[type, ...]:

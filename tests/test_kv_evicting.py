@@ -3,10 +3,14 @@
 import pytest
 import torch
 from conftest import CONFIGS
-from evicting_methods import SMALL, bookkeeping, every_exact, every_kind, every_small, prompts, stock
+from evicting_methods import SMALL, STORED, bookkeeping, every_exact, every_kind, every_small, prompts, stock
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen3Config
 
 from strop.core.attention import attend_plain
+from strop.core.errors import StropError
+from strop.kernels.evict import keep_top
 from strop.kv import (
     KVarN,
     VaSE,
@@ -131,7 +135,7 @@ def test_newest_sinks_and_widest_always_survive(tiny, monkeypatch):
         held = store.positions[rows, :, :live].clone()
         wide = (store.values.amax(-1) - store.values.amin(-1))[rows, :, : live - 8]
         wide[held[:, :, : live - 8] < 3] = torch.inf
-        must = held.gather(2, wide.topk(10).indices)
+        must = held.gather(2, keep_top(wide, 10).long())
         keep(store, rows, scores)
         kept = store.positions[rows, :, :32]
         assert torch.equal(kept[:, :, 24:], held[:, :, -8:])
@@ -238,3 +242,55 @@ def test_kernels_and_plain_torch_read_tiles_alike(tiny):
         assert cache.attending[0].store.coded.all()
         logits.append(torch.stack(steps))
     torch.testing.assert_close(*logits, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("method", [SMALL["VaSE"], STORED["VaSE in kvarn"]])
+def test_a_prompt_in_inference_mode_goes_on_in_any_other(method, tiny):
+    model = tiny("qwen3")
+    cache = method.new_cache(model.config)
+    with torch.inference_mode():
+        model(**prompts(50), past_key_values=cache)
+        model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    with torch.no_grad():
+        for _ in range(20):
+            out = model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    assert out.logits.isfinite().all()
+    cache.check()
+
+
+@torch.no_grad()
+def test_a_refused_cache_is_as_it_was(tiny):
+    plain = tiny("qwen3", "sdpa")
+    cache = SMALL["VaSE"].new_cache(plain.config)
+    with pytest.raises(StropError, match="attach"):
+        plain(torch.ones(1, 5, dtype=torch.long), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+DAMAGE = {
+    "queries": lambda x: x[:, :, 1:],
+    "length": lambda x: x.float(),
+    "first": lambda x: x - 1,
+    "positions": lambda x: x.float(),
+    "values": lambda x: x.half(),
+    "packed": lambda x: x * 0,
+    "records": lambda x: x.float(),
+    "coded": lambda x: ~x,
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@torch.no_grad()
+def test_a_damaged_file_is_refused(name, tiny, tmp_path):
+    model, method = tiny("qwen3"), STORED["VaSE in kvarn"]
+    cache = method.new_cache(model.config)
+    model(**prompts(60), past_key_values=cache)
+    model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    save_cache(cache, tmp_path / "cache")
+    with safe_open(tmp_path / "cache", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tmp_path / "cache")
+    tensors[f"0.{name}"] = DAMAGE[name](tensors[f"0.{name}"]).contiguous()
+    save_file(tensors, tmp_path / "cache", metadata)
+    with pytest.raises(StropError, match="damaged"):
+        load_cache(tmp_path / "cache", method, model.config)

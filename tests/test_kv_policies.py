@@ -12,6 +12,7 @@ from strop.kv import (
     RKV,
     CurDKV,
     EvictLarge,
+    KVarN,
     KVMethod,
     Press,
     RandomEviction,
@@ -233,3 +234,40 @@ def test_long_contexts_get_budgets_to_try():
     assert all(method.budget % method.buffer == 0 for method in tried)
     for context in (LONG, 4096):
         assert len(set(candidates_of(context)["kv"])) == len(candidates_of(context)["kv"])
+
+
+@pytest.mark.parametrize(
+    ("store", "says"),
+    [
+        ({"vase": {}}, "store cannot be vase; known: kvarn, kivi, hadamard"),
+        ({"quantized": {}}, "store cannot be quantized"),
+        ("streaming", "store cannot be streaming"),
+        ({"kvarn": {"group": 512, "tail": 512}}, "less than one tile"),
+        ("fp3", "unknown kv method"),
+    ],
+)
+def test_stores_that_are_none_are_refused_in_a_sentence(store, says):
+    with pytest.raises(StropError, match=says):
+        Recipe.from_dict({"strop": 1, "kv": {"vase": {"budget": 512, "store": store}}})
+    kept = Recipe.from_dict({"strop": 1, "kv": {"vase": {"budget": 512, "store": "kvarn"}}})
+    assert kept.kv.store == KVarN() and Recipe.from_dict(kept.to_dict()) == kept
+
+
+def test_a_store_from_python_is_checked_too():
+    with pytest.raises(ValueError, match="cannot be a store"):
+        VaSE(store=VaSE())
+
+
+def test_a_press_has_no_name_in_recipes():
+    with pytest.raises(StropError, match="from Python"):
+        Recipe(kv=Press(press=Norms())).label()
+
+
+def test_multinomial_with_a_full_reserve_and_alike_rows():
+    full = VaSE(budget=32, buffer=8, reserve=24, sampler="multinomial").scores(candidates())
+    assert (full == torch.inf).sum(-1).eq(24).all()
+    one = candidates()
+    fields = ("keys", "values", "positions", "queries")
+    two = one._replace(**{name: torch.cat([getattr(one, name)] * 2) for name in fields})
+    scores = VaSE(budget=32, buffer=8, sampler="multinomial").scores(two)
+    assert torch.equal(scores[0], scores[1])

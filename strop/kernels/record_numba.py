@@ -39,7 +39,7 @@ E4M3_MAX, E4M3_TINY, E4M3_NORMAL = np.float32(448), np.float32(2**-9), np.float3
 HALF_MAX = np.float32(65504)
 WHOLE = np.float32(2**23)
 """Added to a number below it, rounds it to a whole one and leaves that in the lowest bits."""
-ENOUGH = 1 << 21
+ENOUGH = 1 << 23
 """Codes to attend over that are worth a thread."""
 
 

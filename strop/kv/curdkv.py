@@ -25,9 +25,9 @@ class CurDKV(EvictingKV):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1 or not 0 <= self.sinks <= self.budget - self.buffer:
+        if not 1 <= self.rank <= 4096 or not 0 <= self.sinks <= self.budget - self.buffer:
             raise ValueError(
-                f"rank must be at least 1 and sinks from 0 to budget - buffer, got {self.rank}, {self.sinks}"
+                f"rank must be from 1 to 4096, sinks from 0 to budget - buffer, got {self.rank}, {self.sinks}"
             )
 
     def drawn(self, candidates: Candidates) -> tuple[int | str, ...]:

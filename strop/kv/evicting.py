@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from strop.core.cache import AttendingLayer, KVCache, first_real
+from strop.core.cache import IMPLEMENTATION, AttendingLayer, KVCache, first_real, require
 from strop.core.errors import StropError
 from strop.kv.base import KVMethod, KVShape
 from strop.kv.packed_slots import PackedSlotStore
@@ -68,6 +68,10 @@ class EvictingKV(KVMethod):
             )
         if self.budget % self.buffer:
             raise ValueError(f"budget ({self.budget}) must be a multiple of buffer ({self.buffer})")
+        if self.store is not None and not isinstance(self.store, TiledKV):
+            raise ValueError(
+                f"a {type(self.store).__name__} cannot be a store: take KVarN, KIVI or HadamardRTN"
+            )
         if self.store is not None and not self.tiles:
             raise ValueError(
                 f"budget ({self.budget}) leaves less than one tile of {self.store.group} tokens behind "
@@ -78,6 +82,11 @@ class EvictingKV(KVMethod):
     def reserved(self) -> int:
         """Survivors that a store may not code."""
         return 0
+
+    @property
+    def watched(self) -> int:
+        """Newest queries that a layer keeps; by the first eviction so many have come."""
+        return min(self.window, self.budget)
 
     @property
     def tiles(self) -> int:
@@ -120,12 +129,14 @@ class EvictingKV(KVMethod):
             records = self.tiles * shape.heads * self.store.codec().record_bytes(shape.dim)
             packed = records + coded * position
         layer = min(slots, full) * (shape.token_bytes + position) + packed
-        layer += self.window * shape.queries * shape.dim * shape.itemsize
+        layer += self.watched * shape.queries * shape.dim * shape.itemsize
         return shape.layers * layer + shape.window_bytes(tokens)
 
 
 class EvictingLayer(AttendingLayer):
     """One attention layer's cache: a `SlotStore`, the newest queries, and when to evict."""
+
+    is_croppable = False
 
     def __init__(
         self, config: PretrainedConfig, method: EvictingKV, number: int, codec: TileCodec | None = None
@@ -155,6 +166,8 @@ class EvictingLayer(AttendingLayer):
         return 0 if self.store is None else self.store.columns
 
     def append(self, keys: Tensor, values: Tensor) -> None:
+        if self.config._attn_implementation != IMPLEMENTATION:
+            self.dense()
         if keys.dtype != self.store.keys.dtype:
             raise StropError(
                 f"this cache holds {self.store.keys.dtype} and the model computes in {keys.dtype}: "
@@ -177,12 +190,13 @@ class EvictingLayer(AttendingLayer):
 
     def _watch(self, query: Tensor) -> None:
         """Keep the newest `window` queries, in a ring."""
-        window = self.method.window
+        window = self.method.watched
         if not window:
             return
         if self.queries is None:
             batch, heads, _, dim = query.shape
-            self.queries = query.new_zeros(batch, heads, window, dim)
+            with torch.inference_mode(False):
+                self.queries = query.new_zeros(batch, heads, window, dim)
         newest = query[:, :, -window:].detach()
         ring = torch.arange(self.seen - newest.shape[2], self.seen, device=query.device) % window
         self.queries.index_copy_(2, ring, newest)
@@ -217,7 +231,7 @@ class EvictingLayer(AttendingLayer):
 
     def crop(self, tokens: int) -> None:
         """Refuse to take tokens back, for some may have been evicted to make room for them."""
-        if tokens and tokens != self.seen:
+        if tokens < 0 or 0 < tokens < self.seen:
             raise StropError("a cache that evicts tokens cannot take any back: use it without speculation")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -235,8 +249,14 @@ class EvictingLayer(AttendingLayer):
             self.queries = self.queries[indices.to(self.queries.device)]
 
     def check(self) -> None:
-        if self.store is not None:
-            self.store.check()
+        if self.store is None:
+            return
+        self.store.check()
+        if self.method.window and self.seen:
+            keys, queries = self.store.keys, self.queries
+            shape = len(keys), self.config.num_attention_heads, self.method.watched, keys.shape[-1]
+            require(queries is not None and queries.shape == shape, "other queries than it watches")
+            require(queries.dtype == keys.dtype, "queries of another dtype")
 
     def state(self) -> dict[str, Tensor]:
         return self.store.state() | ({} if self.queries is None else {"queries": self.queries})

@@ -14,7 +14,7 @@ class ObservedKV(EvictingKV):
     """An evicting method that looks at the newest `window` queries."""
 
     window: int = 64
-    """Newest queries whose attention is averaged."""
+    """Newest queries whose attention is averaged, `budget` of them at most."""
     smooth: int = 5
     """Tokens in time that an average pool spreads attention over; odd, 1 for none."""
 

@@ -65,7 +65,7 @@ class PackedSlotStore(SlotStore):
         if not self.coded.any():
             return super().attend(query, mask, scaling, softcap)
         mask = self.plain(query, mask)
-        if self.fused is None or mask is not None or query.shape[2] > 1:
+        if self.fused is None or mask is not None or query.shape[2] > 1 or query.requires_grad:
             return self._attend_regions(query, mask, scaling, softcap)
         end = int(self.length.max())
         own = None if self._level() else self._taken(end).to(query.device)
@@ -132,7 +132,7 @@ class PackedSlotStore(SlotStore):
         for x, old in zip((self.keys, self.values, self.positions), survivors, strict=True):
             newest = x[pick][:, :, end - self.buffer : end]
             x[pick, :, : spared.shape[-1] + self.buffer] = torch.cat([old, newest], 2)
-        self.length[rows] = self.budget - self.coding
+        self.length = self.length.index_fill(0, rows, self.budget - self.coding)
         self._shrink()
 
     def _coded(self, keys: Tensor, values: Tensor) -> Tensor:
@@ -141,6 +141,7 @@ class PackedSlotStore(SlotStore):
             *(x.unflatten(2, (-1, self.codec.group)).transpose(1, 2) for x in (keys, values))
         )
 
+    @torch.inference_mode(False)
     def _hold(self, rows: Tensor, records: Tensor, places: Tensor, kept: Tensor) -> None:
         """Hold `kept` `[b, H_kv, count]` of tiles `[b, n, H_kv, bytes]` whose tokens came at `places`."""
         if not self.coded.any():
@@ -150,7 +151,7 @@ class PackedSlotStore(SlotStore):
         pick = self._pick(rows)
         self.records[pick] = take(records.transpose(1, 2), kept).transpose(1, 2)
         self.packed[pick] = take(places.unflatten(-1, (-1, self.codec.group)), kept).flatten(2)
-        self.coded[rows] = True
+        self.coded = self.coded.index_fill(0, rows, True)
 
     # The batch, and files.
 
@@ -167,7 +168,9 @@ class PackedSlotStore(SlotStore):
         require(
             self.packed.shape == (batch, heads, held * self.codec.group), "packed tokens without a position"
         )
-        require(self.coded.shape == (batch,), "rows of another batch")
+        require(self.coded.shape == (batch,) and self.coded.dtype == torch.bool, "rows of another batch")
+        require(self.records.dtype == torch.uint8, "records that are no bytes")
+        require(self.packed.dtype == torch.int32, "positions that are no integers")
         super().check()
 
     def tokens(self) -> Sequence[Tensor]:

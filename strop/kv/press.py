@@ -7,6 +7,7 @@ that asks for the model's hidden states or attention weights is refused, for a c
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from strop.core.errors import StropError
@@ -40,9 +41,16 @@ class Press(EvictingKV):
     def scores(self, candidates: Candidates) -> Tensor:
         try:
             found = self.press.score(None, None, candidates.keys, candidates.values, None, {})
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # a press asserts and raises what it likes
             raise StropError(
                 f"{type(self.press).__name__} asks for more than keys and values ({error}), which a cache "
                 "does not see: take a press that scores these alone, such as KnormPress or KeyDiffPress"
             ) from error
+        if found.shape != candidates.keys.shape[:3]:
+            raise StropError(
+                f"{type(self.press).__name__} gives scores {tuple(found.shape)} for keys "
+                f"{tuple(candidates.keys.shape)}: a press gives one score a token and KV head"
+            )
         return found.float()

@@ -81,6 +81,7 @@ class SlotStore:
         """Which of the first `end` slots each row takes, `[B, end]` bool."""
         return torch.arange(end) < self.length[:, None]
 
+    @torch.inference_mode(False)
     def _grow(self, slots: int) -> None:
         """Make room for so many slots, in steps of a buffer."""
         if slots > (now := self.keys.shape[2]):
@@ -119,17 +120,19 @@ class SlotStore:
         own = self._taken(end).to(self.keys.device)[:, None, None]
         if mask is None and queries == 1:
             return own
-        return self.seen_by(query, mask, self.positions[:, :, :end]) & own
+        alike = slice(1) if (self.held == self.seen).all() else slice(None)
+        return self.seen_by(query, mask, self.positions[:, alike, :end]) & own
 
     def seen_by(self, query: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
-        """Which query sees the tokens at `positions` `[B, H_kv, n]`: `[B, H_q, q, n]`."""
+        """Which query sees the tokens at `positions` `[B, 1 or H_kv, n]`: `[B, 1 or H_q, q, n]`."""
         queries, device = query.shape[2], positions.device
-        columns = positions.long() + self.first.to(device)[:, None, None]
-        columns = columns.repeat_interleave(query.shape[1] // columns.shape[1], 1)[:, :, None]
+        columns = (positions.long() + self.first.to(device)[:, None, None])[:, :, None]
+        if columns.shape[1] > 1 or (mask is not None and mask.shape[1] > 1):
+            columns = columns.repeat_interleave(query.shape[1] // columns.shape[1], 1)
         if mask is None:
             return columns <= torch.arange(self.columns - queries, self.columns, device=device)[:, None]
         index = columns.clamp(max=self.columns - 1).expand(-1, -1, queries, -1)
-        return mask.expand(len(columns), query.shape[1], -1, -1).gather(-1, index)
+        return mask.expand(len(columns), columns.shape[1], -1, -1).gather(-1, index)
 
     # Eviction.
 
@@ -153,13 +156,14 @@ class SlotStore:
             kernel.gather(stored, kept, lengths, self.buffer)
             if stored.data_ptr() != x.data_ptr():
                 x[pick] = stored
-        self.length[rows] = self.budget
+        self.length = self.length.index_fill(0, rows, self.budget)
         self._shrink()
 
     def _pick(self, rows: Tensor) -> slice | Tensor:
         """An index of `rows` that makes a view where it can."""
         return slice(None) if len(rows) == len(self.length) else rows.to(self.keys.device)
 
+    @torch.inference_mode(False)
     def _shrink(self) -> None:
         """Give back what only a long prompt needed."""
         if int(self.length.max()) <= self.room < self.keys.shape[2]:
@@ -168,6 +172,7 @@ class SlotStore:
 
     # The batch, and files.
 
+    @torch.inference_mode(False)
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may repeat."""
         here, host = rows.to(self.keys.device), rows.cpu()
@@ -179,13 +184,19 @@ class SlotStore:
         batch, heads, slots, _ = self.keys.shape
         require(self.keys.shape == self.values.shape, "keys and values of different shapes")
         require(self.positions.shape == (batch, heads, slots), "slots without a position")
+        require(self.keys.dtype == self.values.dtype, "keys and values of different dtypes")
+        require(self.positions.dtype == torch.int32, "positions that are no integers")
         require(self.length.shape == self.first.shape == (batch,), "rows without a length")
+        require(self.length.dtype == self.first.dtype == torch.long, "lengths that are no integers")
+        require(
+            (self.first >= 0).all() and (self.first <= self.columns).all(), "rows that start out of range"
+        )
         require((self.length >= 0).all() and (self.length <= slots).all(), "more tokens than slots")
         require((self.held <= self.seen).all(), "more tokens than came")
         for row, taken in enumerate(self.tokens()):
             came = int(self.seen[row])
             recent = torch.arange(came - min(taken.shape[1], self.buffer), came)
-            require((taken[:, 1:] > taken[:, :-1]).all(), "a token twice")
+            require((taken >= 0).all() and (taken[:, 1:] > taken[:, :-1]).all(), "a token twice")
             require((taken[:, taken.shape[1] - len(recent) :] == recent).all(), "a row without its newest")
 
     def tokens(self) -> Sequence[Tensor]:

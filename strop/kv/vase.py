@@ -8,6 +8,7 @@ Differs: noise is keyed by (seed, layer, tokens so far, KV head, position) and t
 batch, so that a result does not depend on the batch; sinks are the first tokens of the row by position.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -46,8 +47,8 @@ class VaSE(ObservedKV):
             )
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler must be one of {SAMPLERS}, got {self.sampler!r}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 and finite, got {self.temperature}")
 
     @property
     def reserved(self) -> int:
@@ -58,7 +59,7 @@ class VaSE(ObservedKV):
         kernel = kernels(candidates.keys.device.type)
         wide = kernel.value_range(candidates.values)
         wide = wide.masked_fill(candidates.positions < self.sinks, torch.inf)
-        keep = wide.topk(min(self.reserved, wide.shape[-1])).indices
+        keep = kernel.keep_top(wide, min(self.reserved, wide.shape[-1])).long()
         return self._sampled(candidates, keep).scatter(-1, keep, torch.inf)
 
     def pool(self, scores: Tensor) -> Tensor:
@@ -76,8 +77,11 @@ class VaSE(ObservedKV):
             return log_weights
         places = self.budget - self.buffer - keep.shape[-1]
         weights = log_weights.exp().clamp(min=torch.finfo(torch.float32).tiny).scatter(-1, keep, 0.0)
-        drawn = weights.flatten(0, 1).multinomial(places, generator=keyed_generator(*key))
-        return torch.full_like(weights, -torch.inf).scatter(-1, drawn.view(*keep.shape[:2], -1), 0.0)
+        scores = torch.full_like(weights, -torch.inf)
+        if not places:
+            return scores
+        rows = [row.multinomial(places, generator=keyed_generator(*key)) for row in weights.cpu()]
+        return scores.scatter(-1, torch.stack(rows).to(scores.device), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
