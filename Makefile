@@ -50,3 +50,4 @@ report: $(STAMP)
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find strop tests docs -name __pycache__ -exec rm -rf {} +

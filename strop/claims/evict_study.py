@@ -68,7 +68,9 @@ class Desk:
         """A method's cache that has read the prompts."""
         cache = method.new_cache(self.lm.model.config)
         for layer, state in zip(cache.layers, self.states, strict=True):
-            held = {name: x.clone() for name, x in state.items() if name != "queries" or method.window}
+            held = {name: x.clone() for name, x in state.items() if name != "queries"}
+            if method.window:
+                held["queries"] = _newest(state["queries"], int(state["columns"]), method.watched)
             layer.restore(held)
         return cache
 
@@ -76,6 +78,13 @@ class Desk:
         """Solutions `[B, steps]` through a method's cache, which holds the prompts already."""
         read = replace(self.prompted, cache=DynamicCache())
         return solve(self.lm.model, read, self.cache(method))
+
+
+def _newest(ring: Tensor, columns: int, watched: int) -> Tensor:
+    """The newest `watched` queries of a ring `[B, H_q, W, D]` that has seen so many columns, as a ring."""
+    newest = torch.arange(columns - watched, columns)
+    found = ring[:, :, newest % ring.shape[2]]
+    return torch.empty_like(found).index_copy(2, newest % watched, found)
 
 
 @torch.no_grad()
