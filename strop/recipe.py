@@ -242,7 +242,7 @@ def _parse(slot: str, node: Any) -> Any:
 
 def _nested(slot: str, where: str, node: Any, hint: Any) -> Method:
     """A method that is a field of another."""
-    method = _parse(slot, node)
+    method: Method = _parse(slot, node)
     if not isinstance(method, _kinds(hint)):
         fit = [name for name, kind in METHODS[slot].items() if issubclass(kind, _kinds(hint))]
         raise StropError(f"{where} cannot be {method_name(slot, method)}; known: {', '.join(fit)}")
