@@ -121,12 +121,15 @@ def test_without_attach_the_tokens_are_the_same(method, name, tiny):
     models = tiny(name), tiny(name, "eager" if name == "gemma2" else "sdpa")
     caches = [method.new_cache(model.config) for model in models]
     ids = prompt(90, 90)["input_ids"]
+    apart = []
     for start, stop in ((0, 50), (50, 51), (51, 60), *((at, at + 1) for at in range(60, 90))):
         out, plain = (
             model(ids[:, start:stop], past_key_values=cache).logits
             for model, cache in zip(models, caches, strict=True)
         )
-        torch.testing.assert_close(out, plain, rtol=0, atol=5e-3)
+        apart.append((out - plain).abs().amax(-1))
+    apart = torch.cat(apart, 1)
+    assert apart.max() < 2e-3 and (apart < 2e-4).float().mean() > 0.9
     assert all(len(layer.store.records) > 4 for cache in caches for layer in cache.attending)
 
 
