@@ -42,6 +42,8 @@ class AttendingLayer(CacheLayerMixin):
 
     is_sliding = False
     is_croppable = True
+    max_rollback = 0
+    """Most tokens of the last forward pass that can be taken back."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
@@ -75,6 +77,18 @@ class AttendingLayer(CacheLayerMixin):
     def commit(self) -> None:
         """Compact as if nothing of the last forward pass could be taken back any more."""
         self.settle()
+
+    @property
+    def steady(self) -> int:
+        """Tokens after the next that plain decoding reads before it compacts anything."""
+        return 0
+
+    def keep(self, appended: int, kept: list[int]) -> None:
+        """Of the newest `appended` tokens keep those at `kept`, the first among them, and commit.
+
+        Raises StropError, and changes nothing, when so many cannot be taken back.
+        """
+        raise StropError("this cache cannot take any tokens back: use it without speculation")
 
     @abstractmethod
     def check(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from strop.core.cache import require
+from strop.core.compact import keep_path
 from strop.core.errors import StropError
 
 TILES_AT_ONCE = 32
@@ -250,6 +251,12 @@ class TileStore:
         kept = self.keys.shape[2] - remove
         self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
         self.first = self.first.clamp(max=self.end)
+        self._note()
+
+    def keep(self, appended: int, kept: list[int]) -> None:
+        """Of the newest `appended` columns keep those at `kept`; what moves or goes must be in the tail."""
+        self.keys = keep_path(self.keys, appended, kept)
+        self.values = keep_path(self.values, appended, kept)
         self._note()
 
     def state(self) -> dict[str, Tensor]:

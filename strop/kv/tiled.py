@@ -35,6 +35,8 @@ from strop.kv.tile_store import TILES_AT_ONCE, Places, TileCodec, TileStore
 QUERIES_AT_ONCE = 256
 QUERIES_FUSED = 64
 """Most queries that a kernel answers sooner than matrix products over decoded tiles do."""
+NODES_FUSED = 32
+"""The same of a tree's, for each of which a kernel unpacks every tile anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +85,7 @@ class TiledLayer(AttendingLayer):
 
     def __init__(self, config: PretrainedConfig, method: TiledKV, codec: TileCodec) -> None:
         super().__init__(config)
-        self.method = method
-        self.codec = codec
+        self.method, self.codec, self.max_rollback = method, codec, method.max_rollback
         self.reset()
 
     def reset(self) -> None:
@@ -118,7 +119,7 @@ class TiledLayer(AttendingLayer):
                 "start from a new cache"
             )
         self.store.append(keys, values)
-        self.revocable = min(keys.shape[2] - 1, self.method.max_rollback)
+        self.revocable = min(keys.shape[2] - 1, self.max_rollback)
 
     def settle(self) -> None:
         """Pack every tile that is due: full, and behind what the last forward pass may take back."""
@@ -128,6 +129,19 @@ class TiledLayer(AttendingLayer):
         self.revocable = 0
         if self.store is not None:
             self.settle()
+
+    @property
+    def steady(self) -> int:
+        return max(self.store.pack_at - self.seen - 1, 0) if self.store is not None else 0
+
+    def keep(self, appended: int, kept: list[int]) -> None:
+        if appended - 1 > self.revocable:
+            raise StropError(
+                f"cannot take back {appended - 1} tokens: this cache held back {self.revocable}; "
+                f"raise max_rollback ({self.max_rollback}), or draft fewer"
+            )
+        self.store.keep(appended, kept)
+        self.commit()
 
     def dense(self) -> tuple[Tensor, Tensor]:
         return self.store.dense()
@@ -139,7 +153,7 @@ class TiledLayer(AttendingLayer):
         self.lazy_initialization(state["keys"], state["values"])
         self.store.restore(state)
         self.revocable = int(state["revocable"])
-        if not 0 <= self.revocable <= self.method.max_rollback:
+        if not 0 <= self.revocable <= self.max_rollback:
             raise ValueError(f"{self.revocable} tokens cannot be taken back")
 
     # Attention.
@@ -150,6 +164,8 @@ class TiledLayer(AttendingLayer):
             out = self._attend_unpacked(query, mask, scaling)
         elif self._fusible(query, mask):
             out = self._attend_fused(query, scaling, softcap)
+        elif self._fusible_tree(query, mask):
+            out = self._attend_tree(query, mask, scaling, softcap)
         else:
             out = self._attend_packed(query, mask, scaling, softcap)
         self.settle()
@@ -187,6 +203,23 @@ class TiledLayer(AttendingLayer):
         own = None if store.even else store.slots().own
         given = query, store.keys, store.values, own, store.records, store.near
         return self.fused(*given, scaling=scaling, softcap=softcap)
+
+    def _fusible_tree(self, query: Tensor, mask: Tensor | None) -> bool:
+        """The same where queries of a single row read all before them, and any of each other."""
+        if self.fused is None or query.shape[2] > NODES_FUSED or query.requires_grad or mask is None:
+            return False
+        if len(self.store.first) > 1 or mask.shape[1:] != (1, query.shape[2], self.seen):
+            return False
+        return bool(mask[..., int(self.store.first) : -query.shape[2]].all())
+
+    def _attend_tree(self, query: Tensor, mask: Tensor, scaling: float, softcap: float | None) -> Tensor:
+        """The queries of one row as rows of a batch that share its tokens, each hiding some of the newest."""
+        store, queries = self.store, query.shape[2]
+        own = store.slots().own.repeat(queries, 1)
+        own[:, -queries:] = mask[0, 0, :, -queries:]
+        plain = (x.expand(queries, -1, -1, -1) for x in (store.keys, store.values))
+        given = query.transpose(0, 2), *plain, own, store.records, store.near.repeat(queries, 1)
+        return self.fused(*given, scaling=scaling, softcap=softcap).transpose(0, 1)
 
     def _attend_packed(
         self, query: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
