@@ -6,6 +6,8 @@ transformers' own; lossless, and worth it where output repeats input (code edits
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from transformers import PreTrainedModel
+
 from strop.decode.base import DecodeMethod
 
 
@@ -28,5 +30,5 @@ class PromptLookup(DecodeMethod):
     def depth(self) -> int:
         return self.tokens
 
-    def options(self) -> dict[str, Any]:
+    def options(self, model: PreTrainedModel) -> dict[str, Any]:
         return {"prompt_lookup_num_tokens": self.tokens, "max_matching_ngram_size": self.ngram}

@@ -1,0 +1,159 @@
+"""What rounds cost on this machine: measured once for a (model, drafter, cache, device), then kept."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from strop.core.cache import KVCache
+from strop.core.errors import StropError
+from strop.core.machine import environment
+from strop.decode.builder import BestFirst, Grown, TreeBuilder
+from strop.decode.checkpoint import fingerprint
+from strop.decode.cost import CostModel, cost_path, profile
+from strop.decode.drafter import Drafter
+from strop.decode.proposal import Proposal
+from strop.decode.stop import Throughput
+from strop.decode.target import Target, tapped
+from strop.decode.tree import DraftTree
+
+Report = Callable[[str, float], None]
+SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+LARGE = (96, 128, 192, 256, 384, 512, 768, 1024)
+"""Sizes that only a GPU may verify at a profit."""
+CONTEXTS = (64, 512, 1536)
+FEW = 3
+"""Tokens that a round injects, about."""
+MANY = 64
+"""Nodes of the tree by which the host's work is timed."""
+WIDTH = 16
+"""Candidates a row that a timed drafter gives."""
+ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class CostAware:
+    """Best-first trees of the size that pays, by the cost of rounds on this machine."""
+
+    price: Literal["round", "global"] = "round"
+
+    def bound(self, model: PreTrainedModel, drafter: Drafter, cache: Cache) -> TreeBuilder:
+        """The builder for a target over caches like `cache`; the cost is measured where it is not known."""
+        return Grown(Throughput(cost_model(model, drafter, cache), price=self.price))
+
+
+def cost_model(
+    model: PreTrainedModel, drafter: Drafter, cache: Cache, report: Report = lambda what, share: None
+) -> CostModel:
+    """The cost of rounds over caches like `cache`, measured where no earlier run did."""
+    path = _place(model, drafter, cache)
+    if path.exists():
+        try:
+            return CostModel.load(path)
+        except StropError:
+            path.unlink(missing_ok=True)
+    measured = measure(model, drafter, cache, report)
+    measured.save(path)
+    return measured
+
+
+def _place(model: PreTrainedModel, drafter: Drafter, cache: Cache) -> Path:
+    kv = repr(cache.method) if isinstance(cache, KVCache) else type(cache).__name__
+    told = [type(model).__name__, str(model.dtype), str(model.device), model.config._attn_implementation]
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return cost_path(*told, size, fingerprint(model), repr(drafter), kv, environment())
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, drafter: Drafter, cache: Cache, report: Report) -> CostModel:
+    """Time the target's pass over trees of some sizes behind some contexts, and the rest of a round."""
+    limit = model.config.get_text_config(decoder=True).max_position_embeddings
+    contexts = sorted({min(context, max(limit - 512, 1)) for context in CONTEXTS})
+    rig = _Rig(model, drafter, cache)
+    sizes = [n for n in SIZES + LARGE * (model.device.type == "cuda") if n <= min(rig.target.most + 1, limit)]
+    curves = profile(rig.verify, contexts, sizes, report)
+    near, far = (rig.rest(context) for context in (contexts[0], contexts[-1]))
+    slope = max(far - near, 0.0) / max(contexts[-1] - contexts[0], 1)
+    return CostModel.fit(curves, max(near - slope * contexts[0], 0.0), slope, rig.node())
+
+
+class _Rig:
+    """A target on random text, whose rounds are timed piece by piece."""
+
+    def __init__(self, model: PreTrainedModel, drafter: Drafter, cache: Cache) -> None:
+        self.model, self.drafter, self.like = model, drafter, cache
+        self.rng, self.context = Random(0), -1
+        self.target = self._fresh([])
+
+    def _fresh(self, taps: Sequence[Tensor]) -> Target:
+        kv = self.like.method if isinstance(self.like, KVCache) else None
+        cache = DynamicCache(config=self.model.config) if kv is None else kv.new_cache(self.model.config)
+        return Target(self.model, cache, taps)
+
+    def _tokens(self, count: int) -> list[int]:
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        return [self.rng.randrange(vocabulary) for _ in range(count)]
+
+    def _tree(self, size: int) -> DraftTree:
+        parent, depth = [-1], [0]
+        for node in range(1, size):
+            parent.append((node - 1) // 2)
+            depth.append(depth[parent[node]] + 1)
+        return DraftTree(self._tokens(size), parent, depth, [0.0] * size)
+
+    def verify(self, tokens: int, context: int) -> float:
+        """Seconds of one pass over a tree behind `context` tokens, until the host has the target's tokens."""
+        if context != self.context:
+            self.target, self.context = self._fresh([]), context
+            self.target.read(torch.tensor([self._tokens(context)], device=self.model.device))
+        tree = self._tree(tokens)
+        started = time.perf_counter()
+        self.target.score(tree).argmax(-1).tolist()
+        seconds = time.perf_counter() - started
+        self.target.keep(tokens, [0])
+        return seconds
+
+    def rest(self, context: int) -> float:
+        """Median seconds of drafting and committing behind `context` tokens."""
+        self.drafter.reset()
+        text, found = self._tokens(context), []
+        with tapped(self.model, self.drafter.tap_layers) as taps:
+            target = self._fresh(taps)
+            target.read(torch.tensor([text], device=self.model.device))
+            self._inject(target, slice(None), 0)
+            self.drafter.propose([*text, 0], WIDTH)
+            for _ in range(ROUNDS):
+                target.score(self._tree(FEW)).argmax(-1).tolist()
+                started = time.perf_counter()
+                self._inject(target, slice(None), target.seen - FEW)
+                target.keep(FEW, range(FEW))
+                text += self._tokens(FEW)
+                self.drafter.propose([*text, 0], WIDTH).cut(1)
+                found.append(time.perf_counter() - started)
+        return float(np.median(found))
+
+    def _inject(self, target: Target, which: slice, first: int) -> None:
+        if target.features is not None:
+            self.drafter.inject(target.features[which], first)
+
+    def node(self) -> float:
+        """Seconds of the host for each node of a tree, its mask included."""
+        logp = torch.arange(1, WIDTH + 1).float().neg().expand(8, 1, -1).contiguous()
+        links = torch.zeros(8, 1, WIDTH, dtype=torch.int64)
+        proposal = Proposal("marginal", torch.arange(WIDTH).expand(8, 1, -1).contiguous(), logp, links)
+        found = []
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            pops = BestFirst(proposal, 0)
+            pops.tree(sum(1 for _ in islice(pops, MANY))).ancestor_mask()
+            found.append(time.perf_counter() - started)
+        return float(np.median(found)) / MANY

@@ -1,0 +1,65 @@
+"""A small causal language model as drafter: its likeliest chain, a pass a token, and what it likes next best.
+
+The alternatives to every token of the chain are leaves that a tree may take.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from strop.core.compact import keep, require_trees
+from strop.core.errors import StropError
+from strop.decode.drafter import Drafter
+from strop.decode.proposal import Proposal
+
+
+class SmallLM(Drafter):
+    """Drafts with `model`, which shares the target's tokenizer."""
+
+    def __init__(self, model: PreTrainedModel, target: PreTrainedModel, horizon: int = 5) -> None:
+        """Raises StropError when the vocabularies differ, or the model cannot take tokens back."""
+        own, wanted = (m.get_input_embeddings().weight.shape[0] for m in (model, target))
+        if own != wanted:
+            raise StropError(
+                f"the drafter knows {own} tokens and the target {wanted}: use a model with the target's "
+                "tokenizer"
+            )
+        require_trees(DynamicCache(config=model.config))
+        self.model, self.horizon = model, horizon
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.reset()
+
+    def reset(self) -> None:
+        self.cache = DynamicCache(config=self.model.config)
+        self.held: list[int] = []
+
+    def propose(self, ids: Sequence[int], width: int) -> Proposal:
+        self._take_back(ids)
+        tokens, logp = [], []
+        given = list(ids[self.cache.get_seq_length() :])
+        for _ in range(self.horizon):
+            out = self.model(
+                input_ids=torch.tensor([given], device=self.model.device),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            best = out.logits[0, -1].float().log_softmax(-1).topk(width)
+            tokens.append(best.indices.cpu())
+            logp.append(best.values.cpu())
+            given = [int(tokens[-1][0])]
+        self.held = [*ids, *(int(row[0]) for row in tokens[:-1])]
+        links = torch.full((self.horizon, 1, width), -1)
+        links[:-1, :, 0] = 0
+        return Proposal("markov", torch.stack(tokens)[:, None], torch.stack(logp)[:, None], links)
+
+    def _take_back(self, ids: Sequence[int]) -> None:
+        """Forget what was drafted and did not come true; one token at least is left to read."""
+        pairs = zip(self.held, ids[:-1], strict=False)
+        same = next(
+            (i for i, (held, true) in enumerate(pairs) if held != true), min(len(self.held), len(ids) - 1)
+        )
+        if same < len(self.held):
+            keep(self.cache, len(self.held) - same + 1, [0])

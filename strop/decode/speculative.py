@@ -1,0 +1,160 @@
+"""Speculative decoding with draft trees, as transformers' `custom_generate`.
+
+A round: the drafter proposes, a builder makes a tree of it, the target scores all nodes in one pass, a
+verifier walks, and the caches keep the accepted path. The output is the target's own, whatever is drafted.
+
+Not covered: batches, beams, and outputs besides the tokens.
+"""
+
+import time
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from strop.core.errors import StropError
+from strop.decode.builder import Grown, TreeBuilder
+from strop.decode.calibrate import CostAware
+from strop.decode.drafter import Drafter
+from strop.decode.sampler import Greedy, KeyedGumbel, Sampler, TreeJudge
+from strop.decode.stats import Stats
+from strop.decode.stop import StopRule
+from strop.decode.target import Target, require_target, tapped
+from strop.decode.text import Text
+from strop.decode.tree import DraftTree, bare
+from strop.decode.verify import AncestralWalk, Verifier
+
+
+def speculative(
+    drafter: Drafter,
+    tree: TreeBuilder | CostAware | StopRule | None = None,
+    sampler: Sampler | None = None,
+    verifier: Verifier | None = None,
+) -> "Speculative":
+    """A `custom_generate` for any transformers model that reads 4-D masks and position ids.
+
+    `tree` is a builder, or the stop rule of a best-first tree; by default the cost-aware one, with a cost
+    model of this machine that is measured once and kept. `sampler` is by default greedy, or keyed noise where
+    the generation samples. `verifier` walks by default; ratio tests need `Drawn` trees.
+    """
+    builder = Grown(tree) if isinstance(tree, StopRule) else tree
+    return Speculative(drafter, builder or CostAware(), sampler, verifier or AncestralWalk())
+
+
+class Speculative:
+    """`generate(..., custom_generate=this)`; `stats` tells how the last generation went."""
+
+    def __init__(
+        self, drafter: Drafter, tree: TreeBuilder | CostAware, sampler: Sampler | None, verifier: Verifier
+    ) -> None:
+        self.drafter, self.tree, self.sampler, self.verifier = drafter, tree, sampler, verifier
+        self.stats = Stats()
+        self.checked: PreTrainedModel | None = None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        generation_config: GenerationConfig | None = None,
+        streamer: BaseStreamer | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Continue `input_ids` `[1, T]`; called by transformers' `generate`."""
+        config = generation_config or model.generation_config
+        _require_single(config, input_ids, attention_mask)
+        cache = DynamicCache(config=model.config) if past_key_values is None else past_key_values
+        self._prepare(model, cache)
+        text = Text(input_ids, logits_processor, stopping_criteria, config.max_length, streamer)
+        with tapped(model, self.drafter.tap_layers) as taps:
+            self._write(Target(model, cache, taps), text, self.sampler or _sampler(config))
+        if streamer is not None:
+            streamer.end()
+        if config.return_dict_in_generate:
+            return GenerateDecoderOnlyOutput(sequences=text.ids, past_key_values=cache)
+        return text.ids
+
+    def _prepare(self, model: PreTrainedModel, cache: Cache) -> None:
+        """Forget the sequence before, and learn once what this model can do and what it costs."""
+        if self.checked is not model:
+            require_target(model)
+            self.builder = self.tree.bound(model, self.drafter, cache)
+            self.checked = model
+        self.drafter.reset()
+        self.stats = Stats()
+
+    def _write(self, target: Target, text: Text, sampler: Sampler) -> None:
+        """Read the prompt, emit its first token, then rounds until the text is done."""
+        started, first = time.perf_counter(), target.seen
+        logits = target.read(text.ids[:, first:])
+        judge = TreeJudge(bare(text.tokens[-1]), logits, text.ids, text.processors, sampler)
+        done, _ = text.emit([judge.token([0])])
+        self._inject(target.features, first)
+        self.stats.prefill_s = time.perf_counter() - started
+        while not done:
+            done = self._round(target, text, sampler)
+
+    def _round(self, target: Target, text: Text, sampler: Sampler) -> bool:
+        """Draft, build, verify, commit; whether the text is done."""
+        context, clock = target.seen, [time.perf_counter()]
+        depth = min(text.left - 1, target.depth)
+        proposal = self.builder.propose(self.drafter, text.tokens).cut(depth) if depth > 0 else None
+        clock.append(time.perf_counter())
+        tree = self._tree(proposal, text.tokens[-1], target, sampler)
+        clock.append(time.perf_counter())
+        judge = TreeJudge(tree, target.score(tree), text.ids, text.processors, sampler)
+        path, bonus = self.verifier.verify(tree, judge)
+        clock.append(time.perf_counter())
+        done, emitted = text.emit([*(tree.token[node] for node in path[1:]), bonus])
+        features, path = target.features, path[:emitted]
+        target.keep(len(tree), path)
+        self._inject(None if features is None else features[path], context)
+        clock.append(time.perf_counter())
+        self._note(tree, context, emitted, clock)
+        return done
+
+    def _tree(self, proposal: Any, root: int, target: Target, sampler: Sampler) -> DraftTree:
+        if proposal is None:
+            return bare(root)
+        most = min(target.most, proposal.horizon if self.builder.most is None else self.builder.most)
+        return self.builder.build(proposal, root, target.seen, most, sampler.generator("draw", target.seen))
+
+    def _inject(self, features: Tensor | None, first: int) -> None:
+        if features is not None:
+            self.drafter.inject(features, first)
+
+    def _note(self, tree: DraftTree, context: int, emitted: int, clock: list[float]) -> None:
+        """Add a round to the statistics, and let the builder learn from it."""
+        stages = [end - start for start, end in pairwise(clock)]
+        theta = self.builder.expected(tree, context)
+        self.stats.note(len(tree) - 1, emitted, stages, 1 + tree.expected_accepted(), theta)
+        self.builder.observe(len(tree) - 1, context, emitted, stages[2], clock[-1] - clock[0])
+
+
+def _sampler(config: GenerationConfig) -> Sampler:
+    """What a generation asks for; noise keyed by a seed that torch's own generator gives."""
+    return KeyedGumbel(int(torch.randint(1 << 31, ()))) if config.do_sample else Greedy()
+
+
+def _require_single(config: GenerationConfig, ids: Tensor, mask: Tensor | None) -> None:
+    if len(ids) != 1 or (config.num_beams or 1) > 1:
+        raise StropError(
+            f"speculation continues one prompt at a time, without beams; got {len(ids)} with "
+            f"{config.num_beams or 1} beams: loop over prompts, or decode without drafts"
+        )
+    if mask is not None and not mask.bool().all():
+        raise StropError("speculation takes a prompt without padding: leave the padding out")
+    if config.return_dict_in_generate:
+        asked = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        wanted = [name for name in asked if getattr(config, name, False)]
+        if wanted:
+            raise StropError(f"speculation does not return {', '.join(wanted)}: decode without drafts")
