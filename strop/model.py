@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ class Model:
         """Most tokens the model was made for."""
         config = self.model.config.get_text_config(decoder=True)
         return getattr(config, "max_position_embeddings", None) or 1 << 31
+
+    @cached_property
+    def decoding(self) -> dict[str, Any]:
+        """What the recipe's decode method tells `generate`; its drafter is loaded once."""
+        return {} if self.recipe.decode is None else self.recipe.decode.options(self.model)
 
     def new_cache(self) -> Cache:
         """An empty cache of the recipe's kv method; transformers' dense cache when the slot is empty."""
@@ -175,15 +181,18 @@ class Model:
         processors = []
         if seed is not None:
             processors.append(KeyedSampler(seed, pads, samples or [0] * len(rows), temperature))
-        method = self.recipe.decode
-        settings = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad} | options
+        settings = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options, **self.decoding}
+        if "custom_generate" in settings:  # transformers hands it no streamer
+            settings["custom_generate"] = partial(
+                settings["custom_generate"], streamer=settings.get("streamer")
+            )
         out = self.model.generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
             past_key_values=self.new_cache(),
             max_new_tokens=max_new_tokens,
             logits_processor=processors,
-            **settings | (method.options() if method else {}),
+            **settings,
         )
         return out[:, longest:].tolist()
 

@@ -17,7 +17,7 @@ import yaml
 from strop.core.errors import StropError
 from strop.core.files import atomic, did_you_mean, digest
 from strop.core.method import Method
-from strop.decode import DecodeMethod, PromptLookup
+from strop.decode import CaDDTree, DDTree, DecodeMethod, DFlash, PromptLookup
 from strop.kv import (
     KIVI,
     RKV,
@@ -57,7 +57,7 @@ METHODS: dict[str, dict[str, type]] = {
         "evict_large": EvictLarge,
     },
     "reuse": {},
-    "decode": {"prompt_lookup": PromptLookup},
+    "decode": {"prompt_lookup": PromptLookup, "dflash": DFlash, "ddtree": DDTree, "caddtree": CaDDTree},
     "rollout": {},
 }
 SLOTS = tuple(METHODS)
@@ -74,7 +74,7 @@ ALWAYS: dict[str, tuple[Method, ...]] = {
         KVarN(bits_k=4, bits_v=2),
         KVarN(bits_k=2, bits_v=2),
     ),
-    "decode": (PromptLookup(),),
+    "decode": (PromptLookup(), CaDDTree(drafter="ngram")),
 }
 """What `tune` tries in each slot at any length."""
 

@@ -1,8 +1,7 @@
 """Drafters on disk: a safetensors folder whose config.json has the published DFlash form.
 
 Besides that form's `block_size` and `dflash_config`, a folder written here names its target by a fingerprint,
-and has `treeflash_config` where there is an approximator. A drafter is refused beside a target that it was not
-made for.
+and has `treeflash_config` where there is an approximator. Beside another target the drafter is refused.
 """
 
 import json

@@ -65,14 +65,13 @@ class Speculative:
         stopping_criteria: StoppingCriteriaList | None = None,
         generation_config: GenerationConfig | None = None,
         streamer: BaseStreamer | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        """Continue `input_ids` `[1, T]`; called by transformers' `generate`."""
+        """Continue `input_ids` `[1, T]`; called by transformers' `generate`, which prepares all arguments."""
         config = generation_config or model.generation_config
-        _require_single(config, input_ids, attention_mask)
-        cache = DynamicCache(config=model.config) if past_key_values is None else past_key_values
+        _require_single(config, input_ids, model_kwargs.get("attention_mask"))
+        cache = model_kwargs.get("past_key_values")
+        cache = DynamicCache(config=model.config) if cache is None else cache
         self._prepare(model, cache)
         text = Text(input_ids, logits_processor, stopping_criteria, config.max_length, streamer)
         with tapped(model, self.drafter.tap_layers) as taps:

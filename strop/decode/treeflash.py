@@ -69,7 +69,7 @@ class TreeFlashDrafter(DFlashDrafter):
         return best - logits.logsumexp(-1, keepdim=True), tokens
 
     def corrected(self, h: Tensor, n: Tensor, previous: Tensor) -> Tensor:
-        """Logits `[L, M, V]` float32 of slots `h`, normed `n` `[L, d]`, behind each of `previous` `[L, M]`."""
+        """Logits `[L, M, V]` float32 of slots `h` and `n` `[L, d]` behind each of `previous` `[L, M]`."""
         states = h[:, None] + self.approximator(self.embed(previous), n[:, None])
         return self.head(self.net.norm(states)).float()
 
