@@ -67,7 +67,7 @@ def _steps(bench: Bench, name: str, method: EvictingKV | None, length: int) -> d
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     evicts = method is not None and length >= method.budget
-    cache = _filled(bench, lm.config, method, length + bench.buffer - WARM if evicts else length)
+    cache = filled(bench, lm.config, method, length + bench.buffer - WARM if evicts else length, bench.rows)
     token = torch.ones(bench.rows, 1, dtype=torch.long, device=bench.device)
 
     def steps(count: int) -> None:
@@ -80,13 +80,13 @@ def _steps(bench: Bench, name: str, method: EvictingKV | None, length: int) -> d
     return {"wall_ms": waited, "kernels_ms": kernels_ms(bench, lambda: steps(period)) / period}
 
 
-def _filled(bench: Bench, config: Qwen3Config, method: EvictingKV | None, length: int) -> Cache:
-    """A cache that holds random keys and values of `length` tokens."""
+def filled(bench: Bench, config: Qwen3Config, method: EvictingKV | None, length: int, rows: int) -> Cache:
+    """A cache that holds random keys and values of `length` tokens in every row."""
     heads, heads_kv, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     cache = DynamicCache(config=config) if method is None else method.new_cache(config)
     for index, layer in enumerate(cache.layers):
-        held: tuple[Tensor, Tensor] = tuple(bench.normal(2, bench.rows, heads_kv, length, dim))
+        held: tuple[Tensor, Tensor] = tuple(bench.normal(2, rows, heads_kv, length, dim))
         cache.update(*held, index)
         if method is not None:
-            layer.attend(bench.normal(bench.rows, heads, length, dim), None, dim**-0.5, None)
+            layer.attend(bench.normal(rows, heads, length, dim), None, dim**-0.5, None)
     return cache

@@ -23,6 +23,8 @@ PARTS = {
     "decode": ("gpu_kernels", "gpu-kvarn.json"),
     "evict": ("gpu_kernels", "gpu-evict.json"),
     "serve": ("gpu_serving", "gpu-evict.json"),
+    "verify": ("gpu_speculation", "gpu-speculation.json"),
+    "speculate": ("gpu_speculation", "gpu-speculation.json"),
 }
 """Which module measures a part, and where its rows go."""
 

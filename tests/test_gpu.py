@@ -6,11 +6,8 @@ import torch
 import strop
 from strop.audit import speed
 from strop.kv import KIVI, HadamardRTN, KVarN
+from strop.decode import CaDDTree, DDTree
 from strop.kv.kvarn import varn
-
-pytest.importorskip("plotly", reason="a study writes its report with plotly")
-from strop.tune import workload
-from strop.tune.engine import Settings, tune
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,7 +53,23 @@ def test_seeded_sampling_is_that_of_the_cpu():
     assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
 
 
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("kv", [None, KVarN()])
+@pytest.mark.parametrize("drafter", ["ngram", "zoo:coder-dflash", "zoo:coder-treeflash"])
+def test_drafts_change_nothing(drafter, kv, seed, tmp_path, monkeypatch):
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))
+    lm = strop.load("zoo:coder", "fp32", "cuda").with_(kv=kv)
+    prompts = ["def main():\n" * 30, "import os\n\nclass Path"]
+    plain = lm.generate(prompts, 64, seed=seed)
+    for decode in (CaDDTree(drafter=drafter), DDTree(drafter=drafter, budget=24)):
+        assert lm.with_(decode=decode).generate(prompts, 64, seed=seed) == plain
+
+
 def test_study_runs(tmp_path, monkeypatch):
+    pytest.importorskip("plotly", reason="a study writes its report with plotly")
+    from strop.tune import workload
+    from strop.tune.engine import Settings, tune
+
     monkeypatch.setattr(workload, "SCORED_TOKENS", 2000)
     monkeypatch.setattr(speed, "LEAST_ROUNDS", 2)
     monkeypatch.setattr(speed, "SECONDS", 0.0)
