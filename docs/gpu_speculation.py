@@ -1,8 +1,8 @@
 """Draft trees on a GPU: what verifying costs at the shapes of real models, and the bundled drafters in use.
 
-Verification is timed as a caller waits and as the kernels alone run, as a CUDA graph would replay them. Random
-weights accept nothing, so the two parts are not mixed: sizes chosen on a cost curve use made-up marginals of
-three confidences, and tokens a second are the bundled coder's.
+Verification is timed as a caller waits and as the kernels alone run, as a CUDA graph would replay them.
+Random weights accept nothing, so the two parts are not mixed: sizes chosen on a cost curve use made-up
+marginals of three confidences, and tokens a second are the bundled coder's.
 """
 
 from collections.abc import Callable, Iterator

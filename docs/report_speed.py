@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+STAGES = ("draft", "build", "verify", "commit")
 Rows = list[dict[str, Any]]
 
 
@@ -128,4 +129,44 @@ def serve(results: dict[str, Any]) -> str:
         for row in found
     ]
     head = ["case", "tokens/s of the kernels", "/ full", "tokens/s as transformers launches", "peak, GiB"]
+    return _gpu(head, rows, results)
+
+
+def trees(results: dict[str, Any]) -> str:
+    """What verifying trees costs, and how many nodes pay."""
+    sizes = ("1", "8", "16", "64", "128", "256", "512")
+    rows = []
+    for row in _part(results, "verify"):
+        for kind in ("kernels", "wall"):
+            times = row[f"{kind}_ms"]
+            nodes = " / ".join(str(count) for count in row["nodes"][kind].values())
+            case = row["name"].removeprefix("verify ")
+            rows.append([case, kind, *(f"{times[size]:.1f}" for size in sizes), nodes])
+    confidences = ", ".join(results["rows"][0]["nodes"]["wall"])
+    return _gpu(["case", "ms", *sizes, f"nodes that pay ({confidences})"], rows, results)
+
+
+def drafts(results: dict[str, Any]) -> str:
+    """The bundled coder with its drafters."""
+    rows = []
+    for row in _part(results, "speculate"):
+        plain = row["tokens_per_s"]["plain"]
+        for way, speed in row["tokens_per_s"].items():
+            stats = row["stats"].get(way)
+            rounds = stats["spec_verify_ct"] if stats else 1
+            stages = [f"{stats[f'{stage}_s'] / rounds * 1e3:.1f}" for stage in STAGES] if stats else ["-"] * 4
+            tau = f"{stats['spec_accept_length']:.2f}" if stats else "1.00"
+            name = row["name"].removeprefix("speculate ")
+            rows.append(
+                [name, way, f"{speed:.0f}", f"{speed / plain:.2f}", tau, *stages, row["same_as_plain"][way]]
+            )
+    head = [
+        "model",
+        "drafter and tree",
+        "tokens/s",
+        "/ plain",
+        "tau",
+        *(f"{s}, ms" for s in STAGES),
+        "same text",
+    ]
     return _gpu(head, rows, results)

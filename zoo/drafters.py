@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from drafter_card import card
 from family import parse, processor, write
 from rich.progress import Progress
 from torch import nn
@@ -27,6 +29,8 @@ BLOCK, LAYERS, TAPS = 8, 2, [1, 3, 5]
 ROWS, WIDTH, HELD_OUT = 16384, 1024, 256
 GAMMA = 4.0
 ANCHORS = 64
+CANDIDATES = 8
+"""M: tokens of a slot for which TreeFlash tabulates the next one."""
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -92,13 +96,15 @@ def train(
 def finish(
     trunk: Blockwise,
     approximator: Approximator | None,
-    candidates: int,
     held_out: Rows,
     record: dict[str, Any],
     out: Path,
+    told: Mapping[str, str],
 ) -> None:
-    """Save the drafter, its record and its held-out measures, and drop what training kept."""
-    save_drafter(out, trunk.net, approximator, candidates)
+    """Save the drafter with its record, held-out measures and card, and drop what training kept."""
+    save_drafter(out, trunk.net, approximator, CANDIDATES)
+    parts = [trunk.net] if approximator is None else [trunk.net, approximator]
+    record["parameters"] = sum(parameter.numel() for part in parts for parameter in part.parameters())
     write(out / "training.json", json.dumps(record, indent=1) + "\n")
     greedy = torch.arange(len(held_out)) < len(held_out) // 2
     halves = {"greedy": greedy, "sampled": ~greedy}
@@ -107,4 +113,5 @@ def finish(
         part = Rows(held_out.ids[half], held_out.start[half], held_out.end[half])
         found[name] = asdict(coverage(trunk, part, 16, approximator))
     write(out / "metrics.json", json.dumps(found, indent=1) + "\n")
+    write(out / "card.md", card(out.name, record=record, metrics=json.loads(json.dumps(found)), **told))
     (out / "checkpoint.safetensors").unlink(missing_ok=True)
