@@ -13,7 +13,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from report_speed import decode, encode, evict, measured_on, serve, steps, table
+from report_speed import (
+    decode,
+    drafts,
+    encode,
+    evict,
+    measured_on,
+    serve,
+    speculation,
+    steps,
+    table,
+    trees,
+)
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
@@ -142,10 +153,15 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "evict": ("gpu-evict.json", evict),
     "serve": ("gpu-evict.json", serve),
     "kvpress": ("kv-kvpress.json", kvpress),
+    "speculation": ("speculation.json", speculation),
+    "trees": ("gpu-speculation.json", trees),
+    "drafts": ("gpu-speculation.json", drafts),
     "claims": ("claims.json", claims),
     "short": ("claims.json", short),
     "kvarn": ("claims.json", partial(verdicts, paper="kvarn")),
     "vase": ("claims.json", partial(verdicts, paper="vase")),
+    "treeflash": ("claims.json", partial(verdicts, paper="treeflash")),
+    "caddtree": ("claims.json", partial(verdicts, paper="caddtree")),
 }
 
 

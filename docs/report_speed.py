@@ -170,3 +170,40 @@ def drafts(results: dict[str, Any]) -> str:
         "same text",
     ]
     return _gpu(head, rows, results)
+
+
+def speculation(results: dict[str, Any]) -> str:
+    """Ways to decode on a CPU, side by side."""
+    rows = []
+    for row in results["rows"]:
+        stats, (speedup, low, high) = row["stats"], row["speedup"]
+        regime = f"{row['dtype']}, {row['kv']}, T={row['temperature']}"
+        tau, nodes, predicted = "-", "-", "-"
+        if stats:
+            drafted = sum(int(nodes) * rounds for nodes, rounds in stats["nodes_by_round"].items())
+            tau, nodes = f"{stats['spec_accept_length']:.2f}", f"{drafted / stats['spec_verify_ct']:.1f}"
+            if stats["predicted_tokens_per_s"]:
+                predicted = f"{stats['predicted_tokens_per_s'] / stats['tokens_per_s']:.2f}"
+        cells = [
+            f"{row['tokens_per_cpu_s']:.0f}",
+            f"{speedup:.2f} ({low:.2f} to {high:.2f})",
+            tau,
+            nodes,
+            predicted,
+        ]
+        rows.append([regime, row["way"], *cells, "{} of {}".format(*row["same"])])
+    head = [
+        "regime",
+        "way",
+        "tokens per CPU second",
+        "/ plain (95 %)",
+        "tau",
+        "nodes",
+        "predicted / realised",
+        "same text",
+    ]
+    where = (
+        f"{results['files']} held-out files, {results['prompt']} tokens read and {results['tokens']} written."
+    )
+    told = f"`python docs/measure_speculation.py`. {where} {measured_on(results['machine'])}"
+    return f"{table(head, rows)}\n\n{told}"

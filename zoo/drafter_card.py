@@ -53,8 +53,8 @@ def card(
         for slot in range(len(m["kl"]))
     ]
     reach = " ".join(
-        f"{half.capitalize()} text: a chain of the likeliest tokens gets {m['chain']:.2f} accepted, all paths "
-        f"through the four likeliest of each slot {m['tree']['4']:.2f}."
+        f"{half.capitalize()} text: a chain of the likeliest tokens gets {m['chain']:.2f} accepted, all "
+        f"paths through the four likeliest of each slot {m['tree']['4']:.2f}."
         for half, m in metrics.items()
     )
     head = ("text", "slot", "KL, nats", "TVD", "top 1", "top 4")

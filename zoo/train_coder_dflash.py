@@ -13,8 +13,8 @@ PLAN = Plan(steps=8000, batch=32, anchors=ANCHORS, lr=1.5e-3, gamma=GAMMA)
 
 TOLD = {
     "about": "A DFlash drafter (arXiv 2602.06036) for the bundled `coder`: seven tokens ahead in one pass.",
-    "architecture": "2 layers of the coder's shape, block of 8; its context are the outputs of the coder's layers "
-    "1, 3 and 5.",
+    "architecture": "2 layers of the coder's shape, block of 8; its context are the outputs of the coder's "
+    "layers 1, 3 and 5.",
     "loss": "Loss: cross-entropy with the tokens that the coder wrote.",
 }
 

@@ -16,10 +16,10 @@ from strop.decode.treeflash import Approximator
 
 PLAN = Plan(steps=3000, batch=32, anchors=ANCHORS, lr=1e-3, gamma=GAMMA)
 TOLD = {
-    "about": "A TreeFlash drafter (arXiv 2606.03819) for the bundled `coder`: `coder-dflash` and, on top, what a "
-    "slot says once the token before it is known.",
-    "architecture": "the backbone of `coder-dflash`, unchanged, and an approximator 512 -> 2 x 768 -> 256; the "
-    "8 likeliest tokens of a slot are continued.",
+    "about": "A TreeFlash drafter (arXiv 2606.03819) for the bundled `coder`: `coder-dflash` and, on top, "
+    "what a slot says once the token before it is known.",
+    "architecture": "the backbone of `coder-dflash`, unchanged, and an approximator 512 -> 2 x 768 -> 256; "
+    "the 8 likeliest tokens of a slot are continued.",
     "loss": "The approximator alone was trained. Loss: divergence from the coder's distribution.",
 }
 
