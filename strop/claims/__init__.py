@@ -23,7 +23,24 @@ def _vase(scale: str, report: Report) -> list[Claim]:
     return claims(scale, report)
 
 
-PAPERS: dict[str, Callable[[str, Report], list[Claim]]] = {"kvarn": _kvarn, "vase": _vase}
+def _treeflash(scale: str, report: Report) -> list[Claim]:
+    from strop.claims.treeflash import claims
+
+    return claims(scale, report)
+
+
+def _caddtree(scale: str, report: Report) -> list[Claim]:
+    from strop.claims.caddtree import claims
+
+    return claims(scale, report)
+
+
+PAPERS: dict[str, Callable[[str, Report], list[Claim]]] = {
+    "kvarn": _kvarn,
+    "vase": _vase,
+    "treeflash": _treeflash,
+    "caddtree": _caddtree,
+}
 """Key of each paper and what measures its claims; an experiment is imported when it runs."""
 
 
@@ -32,9 +49,9 @@ def run_claims(
 ) -> list[Claim]:
     """Measure the claims of papers again; of all papers when none is named.
 
-    Deterministic on one machine. "cpu" takes some minutes on two cores; "gpu" measures more of the same on a
-    CUDA device. `report` hears what is being measured and the share done. Raises StropError for an unknown
-    paper or scale, a missing bundled model, or a missing device.
+    Deterministic on one machine, but for claims about time. "cpu" takes some minutes on two cores; "gpu"
+    measures more of the same on a CUDA device. `report` hears what is being measured and the share done.
+    Raises StropError for an unknown paper or scale, a missing bundled model, or a missing device.
     """
     chosen = list(dict.fromkeys(papers)) or list(PAPERS)
     for paper in chosen:

@@ -60,7 +60,10 @@ class Claim:
         return dataclasses.asdict(self)
 
 
-def on_a_gpu(paper: str, scale: str, said: Mapping[str, str]) -> list[Claim]:
+MEASURED_BY_MAKE = "needs a CUDA device: `make gpu` measures it, docs/gpu.md tells"
+
+
+def on_a_gpu(paper: str, scale: str, said: Mapping[str, str], reason: str = MEASURED_BY_MAKE) -> list[Claim]:
     """Claims about time and memory of large models: what a paper says, by claim, unmeasured here."""
     return [
         Claim(
@@ -72,7 +75,7 @@ def on_a_gpu(paper: str, scale: str, said: Mapping[str, str]) -> list[Claim]:
             seeds=0,
             varied="nothing",
             verdict="needs a GPU",
-            reason="needs a CUDA device: `make gpu` measures it, docs/gpu.md tells",
+            reason=reason,
             scale=scale,
             seconds=0.0,
         )
