@@ -7,7 +7,7 @@ best prefix-closed tree of n nodes.
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate, islice
@@ -82,8 +82,10 @@ def chain(proposal: Proposal, root: int, most: int) -> DraftTree:
 class TreeBuilder(ABC):
     """Makes a proposal into the tree that is verified."""
 
-    def bound(self, model: PreTrainedModel, drafter: Drafter, cache: Cache) -> "TreeBuilder":
-        """The builder for a target over caches like `cache`."""
+    def bound(
+        self, model: PreTrainedModel, drafter: Drafter, cache: Cache, report: Callable[[str, float], None]
+    ) -> "TreeBuilder":
+        """The builder for a target over caches like `cache`; `report` hears of what has to be measured."""
         return self
 
     @property
@@ -95,6 +97,11 @@ class TreeBuilder(ABC):
     def width(self) -> int:
         """Candidates a row to ask of a drafter."""
         return 1
+
+    @property
+    def rests(self) -> bool:
+        """Whether the next round is a plain step, without a draft."""
+        return False
 
     def propose(self, drafter: Drafter, ids: Sequence[int]) -> Proposal:
         """What the drafter says of the tokens behind `ids`."""
@@ -148,6 +155,10 @@ class Grown(TreeBuilder):
     @property
     def width(self) -> int:
         return max(self.rule.width, 1)
+
+    @property
+    def rests(self) -> bool:
+        return self.rule.rests
 
     def build(
         self, proposal: Proposal, root: int, context: int, most: int, generator: Generator | None

@@ -19,9 +19,10 @@ from strop.core.errors import StropError
 from strop.core.machine import environment
 from strop.decode.builder import BestFirst, Grown, TreeBuilder
 from strop.decode.checkpoint import fingerprint
-from strop.decode.cost import CostModel, cost_path, profile
+from strop.decode.cost import CostModel, Profile, cost_path, profile
 from strop.decode.drafter import Drafter
 from strop.decode.proposal import Proposal
+from strop.decode.rest import Resting
 from strop.decode.stop import Throughput
 from strop.decode.target import Target, tapped
 from strop.decode.tree import DraftTree
@@ -42,48 +43,54 @@ ROUNDS = 12
 
 @dataclass(frozen=True)
 class CostAware:
-    """Best-first trees of the size that pays, by the cost of rounds on this machine."""
+    """Best-first trees of the size that pays, by the cost of rounds on this machine; none where none does."""
 
     price: Literal["round", "global"] = "round"
 
-    def bound(self, model: PreTrainedModel, drafter: Drafter, cache: Cache) -> TreeBuilder:
+    def bound(self, model: PreTrainedModel, drafter: Drafter, cache: Cache, report: Report) -> TreeBuilder:
         """The builder for a target over caches like `cache`; the cost is measured where it is not known."""
-        return Grown(Throughput(cost_model(model, drafter, cache), price=self.price))
+        return Grown(Resting(Throughput(cost_model(model, drafter, cache, report), price=self.price)))
 
 
 def cost_model(
     model: PreTrainedModel, drafter: Drafter, cache: Cache, report: Report = lambda what, share: None
 ) -> CostModel:
-    """The cost of rounds over caches like `cache`, measured where no earlier run did."""
-    path = _place(model, drafter, cache)
+    """The cost of rounds over caches like `cache`; what no earlier run measured is measured and kept.
+
+    The target's part is measured once for all drafters.
+    """
+    rig = _Rig(model, drafter, cache)
+    return _kept(_place(model, cache, repr(drafter)), lambda: rig.rounds(_target_cost(rig, report)))
+
+
+def _target_cost(rig: "_Rig", report: Report) -> CostModel:
+    def told(what: str, share: float) -> None:
+        report(f"timing the model once, {what}", share)
+
+    return _kept(_place(rig.model, rig.like, "target"), lambda: CostModel.fit(rig.profile(told)))
+
+
+def _kept(path: Path, measure: Callable[[], CostModel]) -> CostModel:
+    """The cost model in a file, measured and written where there is none that can be read."""
     if path.exists():
         try:
             return CostModel.load(path)
         except StropError:
             path.unlink(missing_ok=True)
-    measured = measure(model, drafter, cache, report)
+    measured = measure()
     measured.save(path)
     return measured
 
 
-def _place(model: PreTrainedModel, drafter: Drafter, cache: Cache) -> Path:
-    kv = repr(cache.method) if isinstance(cache, KVCache) else type(cache).__name__
+def kind(cache: Cache) -> str:
+    """What distinguishes caches by cost."""
+    return repr(cache.method) if isinstance(cache, KVCache) else type(cache).__name__
+
+
+def _place(model: PreTrainedModel, cache: Cache, part: str) -> Path:
     told = [type(model).__name__, str(model.dtype), str(model.device), model.config._attn_implementation]
     size = sum(parameter.numel() for parameter in model.parameters())
-    return cost_path(*told, size, fingerprint(model), repr(drafter), kv, environment())
-
-
-@torch.no_grad()
-def measure(model: PreTrainedModel, drafter: Drafter, cache: Cache, report: Report) -> CostModel:
-    """Time the target's pass over trees of some sizes behind some contexts, and the rest of a round."""
-    limit = model.config.get_text_config(decoder=True).max_position_embeddings
-    contexts = sorted({min(context, max(limit - 512, 1)) for context in CONTEXTS})
-    rig = _Rig(model, drafter, cache)
-    sizes = [n for n in SIZES + LARGE * (model.device.type == "cuda") if n <= min(rig.target.most + 1, limit)]
-    curves = profile(rig.verify, contexts, sizes, report)
-    near, far = (rig.rest(context) for context in (contexts[0], contexts[-1]))
-    slope = max(far - near, 0.0) / max(contexts[-1] - contexts[0], 1)
-    return CostModel.fit(curves, max(near - slope * contexts[0], 0.0), slope, rig.node())
+    return cost_path(*told, size, fingerprint(model), part, kind(cache), environment())
 
 
 class _Rig:
@@ -93,6 +100,23 @@ class _Rig:
         self.model, self.drafter, self.like = model, drafter, cache
         self.rng, self.context = Random(0), -1
         self.target = self._fresh([])
+        self.limit = model.config.get_text_config(decoder=True).max_position_embeddings
+        self.contexts = sorted({min(context, max(self.limit - 512, 1)) for context in CONTEXTS})
+
+    @torch.no_grad()
+    def profile(self, report: Report) -> Profile:
+        """Seconds of the target's pass over trees of some sizes behind some contexts."""
+        most = min(self.target.most + 1, self.limit)
+        sizes = [n for n in SIZES + LARGE * (self.model.device.type == "cuda") if n <= most]
+        return profile(self.verify, self.contexts, sizes, report)
+
+    @torch.no_grad()
+    def rounds(self, target: CostModel) -> CostModel:
+        """The cost of whole rounds: the target's pass, and what drafting, building and committing take."""
+        first, last = self.contexts[0], self.contexts[-1]
+        near, far = self.rest(first), self.rest(last)
+        slope = max(far - near, 0.0) / max(last - first, 1)
+        return CostModel(target.curves, max(near - slope * first, 0.0), slope, self.node())
 
     def _fresh(self, taps: Sequence[Tensor]) -> Target:
         kv = self.like.method if isinstance(self.like, KVCache) else None

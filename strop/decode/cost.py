@@ -26,7 +26,7 @@ Profile = Mapping[int, Mapping[int, float]]
 """Seconds of one target forward: {context: {tokens: seconds}}, contexts and tokens ascending."""
 
 WARM_UPS = 2
-LEAST_REPEATS, MOST_REPEATS, SECONDS = 5, 20, 10.0
+LEAST_REPEATS, MOST_REPEATS, SECONDS = 5, 20, 2.0
 """Repeats at a context go on beyond the least until they took so long, or until the most."""
 BUCKET = 64
 """Contexts so close together share one curve."""

@@ -155,7 +155,14 @@ class DFlashDrafter(Drafter):
         self.tap_layers = tuple(config.dflash_config["target_layer_ids"])
         self.parameters = sum(parameter.numel() for parameter in net.parameters())
         self.masks = [config.dflash_config["mask_token_id"]] * self.horizon
+        self.modules: list[nn.Module] = [net]
         self.reset()
+
+    def bytes(self, context: int) -> int:
+        weights = [parameter for module in self.modules for parameter in module.parameters()]
+        config = self.net.config
+        entries = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return sum(weight.nbytes for weight in weights) + context * entries * weights[0].element_size()
 
     def reset(self) -> None:
         self.past = [ContextKV() for _ in self.net.layers]

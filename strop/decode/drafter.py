@@ -23,6 +23,10 @@ class Drafter(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.parameters}, {self.horizon}, {self.tap_layers})"
 
+    def bytes(self, context: int) -> int:
+        """What it holds of its own behind `context` tokens: weights, keys and values."""
+        return 0
+
     @abstractmethod
     def reset(self) -> None:
         """Forget the sequence."""

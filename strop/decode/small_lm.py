@@ -31,6 +31,14 @@ class SmallLM(Drafter):
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.reset()
 
+    def bytes(self, context: int) -> int:
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        entries = 2 * config.num_hidden_layers * heads * dim
+        weights = sum(parameter.nbytes for parameter in self.model.parameters())
+        return weights + context * entries * self.model.dtype.itemsize
+
     def reset(self) -> None:
         self.cache = DynamicCache(config=self.model.config)
         self.held: list[int] = []
@@ -46,14 +54,16 @@ class SmallLM(Drafter):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            best = out.logits[0, -1].float().log_softmax(-1).topk(width)
+            scores = out.logits[0, -1].float().log_softmax(-1)
+            best = scores.topk(min(width, len(scores)))
             tokens.append(best.indices.cpu())
             logp.append(best.values.cpu())
             given = [int(tokens[-1][0])]
         self.held = [*ids, *(int(row[0]) for row in tokens[:-1])]
-        links = torch.full((self.horizon, 1, width), -1)
+        table = torch.stack(tokens)[:, None]
+        links = torch.full_like(table, -1)
         links[:-1, :, 0] = 0
-        return Proposal("markov", torch.stack(tokens)[:, None], torch.stack(logp)[:, None], links)
+        return Proposal("markov", table, torch.stack(logp)[:, None], links)
 
     def _take_back(self, ids: Sequence[int]) -> None:
         """Forget what was drafted and did not come true; one token at least is left to read."""

@@ -7,6 +7,7 @@ Not covered: batches, beams, and outputs besides the tokens.
 """
 
 import time
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from strop.core.errors import StropError
 from strop.decode.builder import Grown, TreeBuilder
-from strop.decode.calibrate import CostAware
+from strop.decode.calibrate import CostAware, Report, kind
 from strop.decode.drafter import Drafter
 from strop.decode.sampler import Greedy, KeyedGumbel, Sampler, TreeJudge
 from strop.decode.stats import Stats
@@ -28,6 +29,9 @@ from strop.decode.target import Target, require_target, tapped
 from strop.decode.text import Text
 from strop.decode.tree import DraftTree, bare
 from strop.decode.verify import AncestralWalk, Verifier
+
+READ = ("attention_mask", "position_ids", "cache_position")
+"""Tensors beside the token ids that `generate` prepares for every model; all follow from the ids."""
 
 
 def speculative(
@@ -54,7 +58,7 @@ class Speculative:
     ) -> None:
         self.drafter, self.tree, self.sampler, self.verifier = drafter, tree, sampler, verifier
         self.stats = Stats()
-        self.checked: PreTrainedModel | None = None
+        self.bound: tuple[PreTrainedModel, str] | None = None
 
     @torch.no_grad()
     def __call__(
@@ -69,10 +73,13 @@ class Speculative:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Continue `input_ids` `[1, T]`; called by transformers' `generate`, which prepares all arguments."""
         config = generation_config or model.generation_config
-        _require_single(config, input_ids, model_kwargs.get("attention_mask"))
+        _require_single(config, input_ids, model_kwargs)
         cache = model_kwargs.get("past_key_values")
         cache = DynamicCache(config=model.config) if cache is None else cache
-        self._prepare(model, cache)
+        self.prepare(model, cache)
+        _require_unread(input_ids, cache)
+        self.drafter.reset()
+        self.stats = Stats()
         text = Text(input_ids, logits_processor, stopping_criteria, config.max_length, streamer)
         with tapped(model, self.drafter.tap_layers) as taps:
             self._write(Target(model, cache, taps), text, self.sampler or _sampler(config))
@@ -82,22 +89,25 @@ class Speculative:
             return GenerateDecoderOnlyOutput(sequences=text.ids, past_key_values=cache)
         return text.ids
 
-    def _prepare(self, model: PreTrainedModel, cache: Cache) -> None:
-        """Forget the sequence before, and learn once what this model can do and what it costs."""
-        if self.checked is not model:
+    def prepare(
+        self, model: PreTrainedModel, cache: Cache, report: Report = lambda what, share: None
+    ) -> None:
+        """Learn once what this model can do and what it costs over caches like `cache`.
+
+        The first generation does so by itself; `report` hears how far the measurement is.
+        """
+        if self.bound != (model, kind(cache)):
             require_target(model)
-            self.builder = self.tree.bound(model, self.drafter, cache)
-            self.checked = model
-        self.drafter.reset()
-        self.stats = Stats()
+            self.builder = self.tree.bound(model, self.drafter, cache, report)
+            self.bound = model, kind(cache)
 
     def _write(self, target: Target, text: Text, sampler: Sampler) -> None:
         """Read the prompt, emit its first token, then rounds until the text is done."""
         started, first = time.perf_counter(), target.seen
-        logits = target.read(text.ids[:, first:])
+        logits, features = target.read(text.ids[:, first:]), target.features
         judge = TreeJudge(bare(text.tokens[-1]), logits, text.ids, text.processors, sampler)
         done, _ = text.emit([judge.token([0])])
-        self._inject(target.features, first)
+        self._inject(features, first)
         self.stats.prefill_s = time.perf_counter() - started
         while not done:
             done = self._round(target, text, sampler)
@@ -106,15 +116,18 @@ class Speculative:
         """Draft, build, verify, commit; whether the text is done."""
         context, clock = target.seen, [time.perf_counter()]
         depth = min(text.left - 1, target.depth)
-        proposal = self.builder.propose(self.drafter, text.tokens).cut(depth) if depth > 0 else None
+        drafts = depth > 0 and not self.builder.rests
+        proposal = self.builder.propose(self.drafter, text.tokens).cut(depth) if drafts else None
         clock.append(time.perf_counter())
         tree = self._tree(proposal, text.tokens[-1], target, sampler)
         clock.append(time.perf_counter())
-        judge = TreeJudge(tree, target.score(tree), text.ids, text.processors, sampler)
-        path, bonus = self.verifier.verify(tree, judge)
+        logits, features = target.score(tree), target.features  # a processor may run the model once more
+        judge = TreeJudge(tree, logits, text.ids, text.processors, sampler)
+        verifier = AncestralWalk() if proposal is None else self.verifier
+        path, bonus = verifier.verify(tree, judge)
         clock.append(time.perf_counter())
         done, emitted = text.emit([*(tree.token[node] for node in path[1:]), bonus])
-        features, path = target.features, path[:emitted]
+        path = path[:emitted]
         target.keep(len(tree), path)
         self._inject(None if features is None else features[path], context)
         clock.append(time.perf_counter())
@@ -144,14 +157,25 @@ def _sampler(config: GenerationConfig) -> Sampler:
     return KeyedGumbel(int(torch.randint(1 << 31, ()))) if config.do_sample else Greedy()
 
 
-def _require_single(config: GenerationConfig, ids: Tensor, mask: Tensor | None) -> None:
+def _require_unread(ids: Tensor, cache: Cache) -> None:
+    if cache.get_seq_length() >= ids.shape[1]:
+        raise StropError(
+            f"speculation reads a prompt of token ids behind what the cache holds; got {ids.shape[1]} and "
+            f"{cache.get_seq_length()} are held: pass the whole text, with a new token at its end"
+        )
+
+
+def _require_single(config: GenerationConfig, ids: Tensor, model_kwargs: Mapping[str, Any]) -> None:
     if len(ids) != 1 or (config.num_beams or 1) > 1:
         raise StropError(
             f"speculation continues one prompt at a time, without beams; got {len(ids)} with "
             f"{config.num_beams or 1} beams: loop over prompts, or decode without drafts"
         )
-    if mask is not None and not mask.bool().all():
+    if (mask := model_kwargs.get("attention_mask")) is not None and not mask.bool().all():
         raise StropError("speculation takes a prompt without padding: leave the padding out")
+    others = [name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in READ]
+    if others:
+        raise StropError(f"speculation reads token ids alone, not {', '.join(others)}: decode without drafts")
     if config.return_dict_in_generate:
         asked = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         wanted = [name for name in asked if getattr(config, name, False)]

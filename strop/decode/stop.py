@@ -26,6 +26,11 @@ class StopRule(ABC):
         """Candidates a row that can matter."""
         return self.most
 
+    @property
+    def rests(self) -> bool:
+        """Whether the next round is a plain step, without a draft."""
+        return False
+
     @abstractmethod
     def size(self, deltas: Iterator[float], context: int) -> int:
         """Nodes to keep, behind `context` tokens that the target has read."""

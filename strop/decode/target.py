@@ -45,7 +45,14 @@ class Target:
 
     def read(self, ids: Tensor) -> Tensor:
         """Read the text `ids` `[1, T]`; logits `[1, V]` behind it."""
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        places = torch.arange(self.seen, self.seen + ids.shape[1], device=ids.device)[None]
+        out = self.model(
+            input_ids=ids,
+            position_ids=places,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return out.logits[0, -1:]
 
     def score(self, tree: DraftTree) -> Tensor:
@@ -86,11 +93,20 @@ def require_target(model: PreTrainedModel) -> None:
         raise StropError(
             f"{name} takes no position ids, so it cannot read draft trees: decode without drafts"
         )
+    if "local" in (getattr(model.config, "attention_layers", None) or ()):  # GPT-Neo's, inside its attention
+        raise StropError(f"{name} has windows that count drafts as text: decode without drafts")
     alone = DraftTree([1, 2, 4], [-1, 0, 1], [0, 1, 2], [0.0] * 3)
     beside = [DraftTree([1, 2, x, 4], [-1, 0, 0, 1], [0, 1, 1, 2], [0.0] * 4) for x in (3, 5)]
     caches = [DynamicCache(config=model.config) for _ in range(3)]
-    behind = [
-        Target(model, c, []).score(t)[-1].float() for c, t in zip(caches, (alone, *beside), strict=True)
-    ]
+    try:
+        behind = [
+            Target(model, c, []).score(t)[-1].float() for c, t in zip(caches, (alone, *beside), strict=True)
+        ]
+    except StropError:
+        raise
+    except Exception as error:  # models raise many kinds for a mask of a form they do not know
+        raise StropError(
+            f"{name} cannot read a draft tree's mask ({type(error).__name__}): decode without drafts"
+        ) from error
     if any((logits - behind[0]).abs().max() > CLOSE * behind[0].abs().max() for logits in behind):
         raise StropError(f"{name} does not heed a draft tree's mask and positions: decode without drafts")

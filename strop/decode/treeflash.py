@@ -48,8 +48,9 @@ class TreeFlashDrafter(DFlashDrafter):
         """`rows` is M: how many candidates of a slot are continued."""
         super().__init__(net, target)
         self.approximator = approximator.eval()
-        self.rows = rows
-        self.parameters += sum(parameter.numel() for parameter in approximator.parameters()) * rows
+        self.modules.append(self.approximator)
+        self.rows = min(rows, len(self.embed.weight))
+        self.parameters += sum(parameter.numel() for parameter in approximator.parameters()) * self.rows
 
     def propose(self, ids: Sequence[int], width: int) -> Proposal:
         h = self.slots(ids[-1])
