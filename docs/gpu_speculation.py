@@ -21,7 +21,7 @@ from strop.decode.cost import CostModel
 from strop.decode.proposal import Proposal
 from strop.decode.stats import Stats
 from strop.decode.target import Target
-from strop.decode.tree import DraftTree
+from strop.decode.tree import DraftTree, binary
 from strop.tasks import python_source
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
@@ -47,7 +47,7 @@ def _verify(bench: Bench, name: str, context: int) -> dict:
     waited: dict[int, float] = {}
     ran: dict[int, float] = {}
     for size in sizes:
-        tree = _bushy(size)
+        tree = binary([1] * size)
 
         def score(tree: DraftTree = tree) -> None:
             target.score(tree).argmax(-1).tolist()
@@ -59,16 +59,8 @@ def _verify(bench: Bench, name: str, context: int) -> dict:
     return {
         "wall_ms": waited,
         "kernels_ms": ran,
-        "nodes": {"wall": _chosen(waited, context), "kernels": _chosen(ran, context)},
+        "nodes": _chosen(ran, context),
     }
-
-
-def _bushy(size: int) -> DraftTree:
-    parent, depth = [-1], [0]
-    for node in range(1, size):
-        parent.append((node - 1) // 2)
-        depth.append(depth[parent[node]] + 1)
-    return DraftTree([1] * size, parent, depth, [0.0] * size)
 
 
 def _chosen(milliseconds: dict[int, float], context: int) -> dict[str, int]:

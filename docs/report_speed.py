@@ -139,10 +139,10 @@ def trees(results: dict[str, Any]) -> str:
     for row in _part(results, "verify"):
         for kind in ("kernels", "wall"):
             times = row[f"{kind}_ms"]
-            nodes = " / ".join(str(count) for count in row["nodes"][kind].values())
+            nodes = " / ".join(map(str, row["nodes"].values())) if kind == "kernels" else "-"
             case = row["name"].removeprefix("verify ")
             rows.append([case, kind, *(f"{times[size]:.1f}" for size in sizes), nodes])
-    confidences = ", ".join(results["rows"][0]["nodes"]["wall"])
+    confidences = ", ".join(results["rows"][0]["nodes"])
     return _gpu(["case", "ms", *sizes, f"nodes that pay ({confidences})"], rows, results)
 
 
@@ -183,7 +183,7 @@ def speculation(results: dict[str, Any]) -> str:
             drafted = sum(int(nodes) * rounds for nodes, rounds in stats["nodes_by_round"].items())
             tau, nodes = f"{stats['spec_accept_length']:.2f}", f"{drafted / stats['spec_verify_ct']:.1f}"
             if stats["predicted_tokens_per_s"]:
-                predicted = f"{stats['predicted_tokens_per_s'] / stats['tokens_per_s']:.2f}"
+                predicted = f"{stats['predicted_tokens_per_s'] / stats['realised_tokens_per_s']:.2f}"
         cells = [
             f"{row['tokens_per_cpu_s']:.0f}",
             f"{speedup:.2f} ({low:.2f} to {high:.2f})",

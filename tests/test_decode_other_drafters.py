@@ -1,5 +1,6 @@
 """N-grams and small models as drafters."""
 
+import json
 from copy import deepcopy
 from random import Random
 
@@ -10,7 +11,7 @@ from drafting import target
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from strop.core.errors import StropError
-from strop.decode import load_drafter
+from strop.decode import FixedBudget, load_drafter, speculative
 from strop.decode.builder import chain
 from strop.decode.ngram import NGram
 from strop.decode.proposal import Proposal
@@ -126,7 +127,30 @@ def test_a_small_model_in_a_folder(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     draft = load_drafter(tmp_path, target("qwen3"))
     assert isinstance(draft, SmallLM) and draft.model.dtype == torch.float32
-    assert draft.parameters == sum(p.numel() for p in model.parameters())
+    assert all(map(torch.equal, draft.model.parameters(), model.parameters()))
     target("qwen3", 0, 7).save_pretrained(tmp_path)
     with pytest.raises(StropError, match="knows 7 tokens"):
         load_drafter(str(tmp_path), target("qwen3"))
+
+
+def test_a_small_model_falls_silent_behind_its_context():
+    model = target("llama", 1)
+    draft = SmallLM(deepcopy(model), model, horizon=5)
+    draft.limit = 20
+    assert draft.propose(list(range(1, 16)), 4).horizon == 5
+    assert draft.propose(list(range(1, 17)), 4).horizon == 0
+    ids, options = torch.arange(1, 9)[None], {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    spec = speculative(draft, FixedBudget(8))
+    assert torch.equal(model.generate(ids, custom_generate=spec, **options), model.generate(ids, **options))
+
+
+def test_a_small_model_with_another_tokenizer_is_refused(tmp_path):
+    model = deepcopy(target("llama", 1))
+    for name, first in (("small", 0), ("large", 1)):
+        model.save_pretrained(tmp_path / name)
+        vocabulary = {chr(65 + token): (token + first) % 61 for token in range(61)}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+    large = AutoModelForCausalLM.from_pretrained(tmp_path / "large")
+    with pytest.raises(StropError, match="has another tokenizer than"):
+        load_drafter(tmp_path / "small", large)
+    assert isinstance(load_drafter(tmp_path / "large", large), SmallLM)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -18,8 +19,8 @@ class DecodeMethod(Method, ABC):
 
     @property
     @abstractmethod
-    def depth(self) -> int:
-        """Most tokens proposed in one step, all of which may be taken back."""
+    def least_rollback(self) -> int:
+        """Tokens of one step that a cache must be able to take back."""
 
     @abstractmethod
     def options(self, model: PreTrainedModel) -> dict[str, Any]:
@@ -43,4 +44,4 @@ class Drafted(DecodeMethod):
         return {"custom_generate": speculative(load_drafter(self.drafter, model), self.builder())}
 
     def settings(self) -> str:
-        return self.spell(self.drafter.removeprefix("zoo:"), "drafter")
+        return self.spell(Path(self.drafter).name.removeprefix("zoo:"), "drafter")

@@ -22,7 +22,7 @@ class CaDDTree(Drafted):
             raise ValueError(f'price must be "round" or "global", got {self.price!r}')
 
     @property
-    def depth(self) -> int:
+    def least_rollback(self) -> int:
         return 1
 
     def builder(self) -> CostAware:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,13 +20,13 @@ from strop.core.errors import StropError
 from strop.core.machine import environment
 from strop.decode.builder import BestFirst, Grown, TreeBuilder
 from strop.decode.checkpoint import fingerprint
-from strop.decode.cost import CostModel, Profile, cost_path, profile
+from strop.decode.cost import BUCKET, CostModel, Profile, cost_path, profile
 from strop.decode.drafter import Drafter
 from strop.decode.proposal import Proposal
 from strop.decode.rest import Resting
 from strop.decode.stop import Throughput
 from strop.decode.target import Target, tapped
-from strop.decode.tree import DraftTree
+from strop.decode.tree import binary, chained
 
 Report = Callable[[str, float], None]
 SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -78,7 +79,8 @@ def _kept(path: Path, measure: Callable[[], CostModel]) -> CostModel:
         except StropError:
             path.unlink(missing_ok=True)
     measured = measure()
-    measured.save(path)
+    with suppress(StropError):  # a cache folder that cannot be written costs another measurement, no more
+        measured.save(path)
     return measured
 
 
@@ -100,15 +102,17 @@ class _Rig:
         self.model, self.drafter, self.like = model, drafter, cache
         self.rng, self.context = Random(0), -1
         self.target = self._fresh([])
-        self.limit = model.config.get_text_config(decoder=True).max_position_embeddings
-        self.contexts = sorted({min(context, max(self.limit - 512, 1)) for context in CONTEXTS})
+        limit = model.config.get_text_config(decoder=True).max_position_embeddings
+        most, wanted = min(self.target.most + 1, limit // 4), SIZES + LARGE * (model.device.type == "cuda")
+        self.sizes = [size for size in wanted if size <= most]
+        self.drift = min(BUCKET, limit // 4)
+        farthest = max(limit - self.sizes[-1] - self.drift, 1)
+        self.contexts = sorted({min(context, farthest) for context in CONTEXTS})
 
     @torch.no_grad()
     def profile(self, report: Report) -> Profile:
         """Seconds of the target's pass over trees of some sizes behind some contexts."""
-        most = min(self.target.most + 1, self.limit)
-        sizes = [n for n in SIZES + LARGE * (self.model.device.type == "cuda") if n <= most]
-        return profile(self.verify, self.contexts, sizes, report)
+        return profile(self.verify, self.contexts, self.sizes, report)
 
     @torch.no_grad()
     def rounds(self, target: CostModel) -> CostModel:
@@ -127,19 +131,15 @@ class _Rig:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         return [self.rng.randrange(vocabulary) for _ in range(count)]
 
-    def _tree(self, size: int) -> DraftTree:
-        parent, depth = [-1], [0]
-        for node in range(1, size):
-            parent.append((node - 1) // 2)
-            depth.append(depth[parent[node]] + 1)
-        return DraftTree(self._tokens(size), parent, depth, [0.0] * size)
-
     def verify(self, tokens: int, context: int) -> float:
-        """Seconds of one pass over a tree behind `context` tokens, until the host has the target's tokens."""
-        if context != self.context:
+        """Seconds of one pass over a tree behind `context` tokens, until the host has the target's tokens.
+
+        The context is met up to what earlier passes left behind, a root each.
+        """
+        if context != self.context or self.target.seen > context + self.drift:
             self.target, self.context = self._fresh([]), context
             self.target.read(torch.tensor([self._tokens(context)], device=self.model.device))
-        tree = self._tree(tokens)
+        tree = binary(self._tokens(tokens))
         started = time.perf_counter()
         self.target.score(tree).argmax(-1).tolist()
         seconds = time.perf_counter() - started
@@ -149,28 +149,28 @@ class _Rig:
     def rest(self, context: int) -> float:
         """Median seconds of drafting and committing behind `context` tokens."""
         self.drafter.reset()
-        text, found = self._tokens(context), []
+        text, found, few = self._tokens(context), [], min(FEW, self.target.most + 1)
         with tapped(self.model, self.drafter.tap_layers) as taps:
             target = self._fresh(taps)
             target.read(torch.tensor([text], device=self.model.device))
-            self._inject(target, slice(None), 0)
+            self._inject(target, 0)
             self.drafter.propose([*text, 0], WIDTH)
-            for _ in range(ROUNDS):
-                target.score(self._tree(FEW)).argmax(-1).tolist()
+            for _ in range(max(min(ROUNDS, self.drift // few), 1)):
+                target.score(chained(self._tokens(few))).argmax(-1).tolist()
                 started = time.perf_counter()
-                self._inject(target, slice(None), target.seen - FEW)
-                target.keep(FEW, range(FEW))
-                text += self._tokens(FEW)
+                self._inject(target, target.seen - few)
+                target.keep(few, range(few))
+                text += self._tokens(few)
                 self.drafter.propose([*text, 0], WIDTH).cut(1)
                 found.append(time.perf_counter() - started)
         return float(np.median(found))
 
-    def _inject(self, target: Target, which: slice, first: int) -> None:
+    def _inject(self, target: Target, first: int) -> None:
         if target.features is not None:
-            self.drafter.inject(target.features[which], first)
+            self.drafter.inject(target.features, first)
 
     def node(self) -> float:
-        """Seconds of the host for each node of a tree, its mask included."""
+        """Seconds of the host for each node of a tree."""
         logp = torch.arange(1, WIDTH + 1).float().neg().expand(8, 1, -1).contiguous()
         links = torch.zeros(8, 1, WIDTH, dtype=torch.int64)
         proposal = Proposal("marginal", torch.arange(WIDTH).expand(8, 1, -1).contiguous(), logp, links)
@@ -178,6 +178,6 @@ class _Rig:
         for _ in range(ROUNDS):
             started = time.perf_counter()
             pops = BestFirst(proposal, 0)
-            pops.tree(sum(1 for _ in islice(pops, MANY))).ancestor_mask()
+            pops.tree(sum(1 for _ in islice(pops, MANY)))
             found.append(time.perf_counter() - started)
         return float(np.median(found)) / MANY

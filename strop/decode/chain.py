@@ -18,7 +18,7 @@ class DFlash(Drafted):
             raise ValueError(f"tokens must be at least 1, got {self.tokens}")
 
     @property
-    def depth(self) -> int:
+    def least_rollback(self) -> int:
         return self.tokens or 1
 
     def builder(self) -> TreeBuilder:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from strop.core.errors import StropError
 from strop.core.files import atomic
@@ -100,6 +101,7 @@ def read_drafter(folder: Path, target: PreTrainedModel) -> DFlashDrafter:
     }
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(APPROXIMATOR)}
     net = _filled(DFlashNet(config), rest, folder).to(target.device, target.dtype)
+    net.rotary = Qwen3RotaryEmbedding(config).to(target.device)  # frequencies stay in float32
     if not correction:
         return DFlashDrafter(net, target)
     approximator = _filled(Approximator(config), correction, folder).to(target.device, target.dtype)
@@ -113,7 +115,8 @@ def _filled(module: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise StropError(
-            f"{folder}: the weights do not fit the config ({reason}): download both again"
+            f"{folder}: the weights do not fit sizes, layers and target_layer_ids of config.json ({reason}): "
+            "restore the original files"
         ) from error
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -122,9 +125,9 @@ def _filled(module: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise StropError(f"{folder} holds no .safetensors file: is the drafter complete?")
+        raise StropError(f"{folder} holds no model.safetensors: is the drafter complete?")
     try:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
     except (SafetensorError, OSError) as error:

@@ -1,12 +1,15 @@
 """What a drafter learns from: texts that the target continued itself.
 
 A row is a prompt, cut from the user's texts, and the target's own continuation of it, every other batch
-greedy and the rest sampled at temperature 1. Rows are a function of their number, so a killed run goes on
-where it was.
+greedy and the rest sampled at temperature 1, whatever else the target's generation settings are. Batches are
+a function of their number and kept one by one, under names that follow from the target, the texts and the
+shape, so a killed run goes on where it was and no other run's rows are taken for its own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from random import Random
 
@@ -14,14 +17,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from strop.core.errors import StropError
-from strop.core.files import atomic
+from strop.core.files import atomic, digest
+from strop.decode.checkpoint import fingerprint
 
 Report = Callable[[str, float], None]
-SAVE_EVERY = 8
-"""Batches between two savings."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,24 @@ class Rows:
     ids: Tensor
     start: Tensor
     end: Tensor
+    greedy: Tensor
+    """Whether the target wrote its likeliest tokens, `[n]` bool, or sampled at temperature 1."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def at(self, index: Tensor, device: torch.device) -> "Rows":
         """Some of the rows, on a device."""
-        return Rows(*(part[index].to(device) for part in (self.ids.long(), self.start, self.end)))
+        parts = (self.ids.long(), self.start, self.end, self.greedy)
+        return Rows(*(part[index.to(part.device)].to(device) for part in parts))
 
 
 def regenerate(
-    target: PreTrainedModel, documents: Sequence[Sequence[int]], shape: Shape, file: Path, report: Report
+    target: PreTrainedModel, documents: Sequence[Sequence[int]], shape: Shape, folder: Path, report: Report
 ) -> Rows:
-    """Rows that the target continued, kept in `file`, which an interrupted run left in part.
+    """Rows that the target continued, kept in `folder`, one file a batch; those that are there are read.
 
-    Raises StropError when no document is as long as a prompt, or the file holds rows of another shape.
+    Raises StropError when no document is as long as a prompt, or a file is damaged.
     """
     long_enough = [document for document in documents if len(document) > shape.prompt[1]]
     if not long_enough:
@@ -70,22 +75,31 @@ def regenerate(
             f"no text has more than {shape.prompt[1]} tokens, half of a row: give longer texts, or shorter "
             "rows"
         )
-    parts = _stored(file, shape)
-    batches = -(-shape.rows // shape.batch)
-    for number in range(len(parts), batches):
-        report("target writes", number / batches)
-        parts.append(_batch(target, long_enough, shape, number))
-        if (number + 1) % SAVE_EVERY == 0 or number + 1 == batches:
-            _save(parts, shape, file)
-    ids, start, end = (torch.cat(part)[: shape.rows] for part in zip(*parts, strict=True))
-    return Rows(ids, start, end)
+    name = _name(target, documents, shape)
+    parts, batches = [], -(-shape.rows // shape.batch)
+    for number in range(batches):
+        file = folder / f"rows-{name}-{number}.safetensors"
+        if not file.exists():
+            report("target writes", number / batches)
+            with atomic(file) as temporary:
+                save_file(_batch(target, long_enough, shape, number), temporary)
+        parts.append(_stored(file))
+    return Rows(*(torch.cat(part)[: shape.rows] for part in zip(*parts, strict=True)))
+
+
+def _name(target: PreTrainedModel, documents: Sequence[Sequence[int]], shape: Shape) -> str:
+    """Names all that decides what a batch of a number holds."""
+    texts = blake2b(digest_size=8)
+    for document in documents:
+        texts.update(repr(list(document)).encode())
+    return digest(fingerprint(target), texts.hexdigest(), shape.width, shape.batch, shape.seed)
 
 
 @torch.no_grad()
 def _batch(
     target: PreTrainedModel, documents: Sequence[Sequence[int]], shape: Shape, number: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    rng = Random(f"{shape.seed}/{number}")
+) -> dict[str, Tensor]:
+    rng, greedy = Random(f"{shape.seed}/{number}"), number % 2 == 0
     length = rng.randint(*shape.prompt)
     prompts = []
     for _ in range(shape.batch):
@@ -93,23 +107,42 @@ def _batch(
         first = rng.randrange(len(document) - length)
         prompts.append(list(document[first : first + length]))
     given = torch.tensor(prompts, device=target.device)
-    pad = target.generation_config.pad_token_id
-    with torch.random.fork_rng(devices=[given.device] if given.is_cuda else []):
+    with (
+        torch.random.fork_rng(devices=[given.device] if given.is_cuda else []),
+        _settings(target, shape.width - length, greedy),
+    ):
         torch.manual_seed(shape.seed << 32 | number)
-        out = target.generate(
-            given,
-            attention_mask=torch.ones_like(given),
-            max_length=shape.width,
-            do_sample=number % 2 == 1,
-            top_k=0,
-            pad_token_id=0 if pad is None else pad,
-        )
+        out = target.generate(given, attention_mask=torch.ones_like(given))
     new = out[:, length:].cpu()
     ended = torch.isin(new, _ends(target))
     written = torch.where(ended.any(-1), ended.int().argmax(-1) + 1, new.shape[1])
     ids = torch.zeros(shape.batch, shape.width, dtype=torch.int32)
     ids[:, : out.shape[1]] = out.cpu().int()
-    return ids, torch.full_like(written, length), length + written
+    return {
+        "ids": ids,
+        "start": torch.full_like(written, length),
+        "end": length + written,
+        "greedy": torch.full_like(written, greedy, dtype=torch.bool),
+    }
+
+
+@contextmanager
+def _settings(target: PreTrainedModel, new: int, greedy: bool) -> Iterator[None]:
+    """Plain settings in place of the target's own, of which `generate` would take what it is not told."""
+    own = target.generation_config
+    target.generation_config = GenerationConfig(
+        max_new_tokens=new,
+        do_sample=not greedy,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=0 if own.pad_token_id is None else own.pad_token_id,
+    )
+    try:
+        yield
+    finally:
+        target.generation_config = own
 
 
 def _ends(target: PreTrainedModel) -> Tensor:
@@ -117,23 +150,9 @@ def _ends(target: PreTrainedModel) -> Tensor:
     return torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends])
 
 
-def _save(parts: Sequence[tuple[Tensor, Tensor, Tensor]], shape: Shape, file: Path) -> None:
-    tensors = dict(zip(("ids", "start", "end"), map(torch.cat, zip(*parts, strict=True)), strict=True))
-    with atomic(file) as temporary:
-        save_file({**tensors, "shape": _name(shape)}, temporary)
-
-
-def _stored(file: Path, shape: Shape) -> list[tuple[Tensor, Tensor, Tensor]]:
-    if not file.exists():
-        return []
+def _stored(file: Path) -> tuple[Tensor, ...]:
     try:
         held = load_file(file)
-        if not torch.equal(held["shape"], _name(shape)):
-            raise StropError(f"{file} holds rows of another run: name another folder, or remove the file")
-        return list(zip(*(held[name].split(shape.batch) for name in ("ids", "start", "end")), strict=True))
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        return tuple(held[name] for name in ("ids", "start", "end", "greedy"))
+    except (SafetensorError, KeyError, OSError) as error:
         raise StropError(f"{file} is damaged: remove it and run again") from error
-
-
-def _name(shape: Shape) -> Tensor:
-    return torch.tensor([shape.width, shape.batch, shape.seed])

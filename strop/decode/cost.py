@@ -25,8 +25,8 @@ from strop.core.files import atomic, digest
 Profile = Mapping[int, Mapping[int, float]]
 """Seconds of one target forward: {context: {tokens: seconds}}, contexts and tokens ascending."""
 
-WARM_UPS = 2
-LEAST_REPEATS, MOST_REPEATS, SECONDS = 5, 20, 2.0
+WARM_UPS = 1
+LEAST_REPEATS, MOST_REPEATS, SECONDS = 3, 20, 2.0
 """Repeats at a context go on beyond the least until they took so long, or until the most."""
 BUCKET = 64
 """Contexts so close together share one curve."""
@@ -49,6 +49,8 @@ class CostModel:
     """Seconds that every drafted node takes on the host."""
     factor: float = field(default=1.0, init=False)
     """Measured over profiled latency, as observed lately."""
+    draft_factor: float = field(default=1.0, init=False)
+    """The same of what does not depend on the tree."""
 
     def __post_init__(self) -> None:
         """Raise ValueError unless all numbers are times."""
@@ -71,7 +73,7 @@ class CostModel:
 
     def draft(self, context: int) -> float:
         """C_d: seconds of a round apart from verification and from what grows with the tree."""
-        return self.draft_s + self.draft_slope * context
+        return self.draft_factor * (self.draft_s + self.draft_slope * context)
 
     def verify(self, tokens: int, context: int) -> float:
         """C_v: seconds to verify `tokens` tokens, the root and its `tokens` - 1 nodes, behind `context`."""
@@ -88,9 +90,14 @@ class CostModel:
 
     def observe(self, tokens: int, context: int, seconds: float) -> None:
         """Recalibrate by one measured forward; a single stray one cannot do much."""
-        ratio = seconds / float(self._forward(tokens, context))
-        ratio = min(max(ratio, self.factor / CLIP), self.factor * CLIP)
-        self.factor += WEIGHT * (ratio - self.factor)
+        self.factor = _toward(seconds / float(self._forward(tokens, context)), self.factor)
+
+    def observe_draft(self, nodes: int, context: int, seconds: float) -> None:
+        """Recalibrate by one round apart from its verification."""
+        profiled = self.draft_s + self.draft_slope * context
+        if profiled > 0:
+            ratio = (seconds - self.node_s * nodes) / profiled
+            self.draft_factor = _toward(ratio, self.draft_factor)
 
     def _forward(self, tokens: int | np.ndarray, context: int) -> np.ndarray:
         """Seconds as profiled, between the two neighbouring contexts."""
@@ -140,6 +147,11 @@ class CostModel:
             slopes = np.diff(seconds[:-1]) / np.diff(tokens[:-1])
             if np.diff(slopes, prepend=0.0).min() < -1e-9 * seconds[-2]:
                 raise ValueError(f"the curve of context {context} is not convex")
+
+
+def _toward(ratio: float, factor: float) -> float:
+    """A factor in force, moved towards one that was measured."""
+    return factor + WEIGHT * (min(max(ratio, factor / CLIP), factor * CLIP) - factor)
 
 
 def _line(curve: Mapping[int, float]) -> tuple[np.ndarray, np.ndarray]:

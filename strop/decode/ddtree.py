@@ -22,7 +22,7 @@ class DDTree(Drafted):
             raise ValueError(f"budget must be at least 1, got {self.budget}")
 
     @property
-    def depth(self) -> int:
+    def least_rollback(self) -> int:
         return self.budget
 
     def builder(self) -> TreeBuilder:

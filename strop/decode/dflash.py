@@ -153,7 +153,8 @@ class DFlashDrafter(Drafter):
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
         self.horizon = config.block_size - 1
         self.tap_layers = tuple(config.dflash_config["target_layer_ids"])
-        self.parameters = sum(parameter.numel() for parameter in net.parameters())
+        self.about = f"{config.num_hidden_layers} x {config.hidden_size}, {config.intermediate_size}, "
+        self.about += f"block {config.block_size}, taps {self.tap_layers}"
         self.masks = [config.dflash_config["mask_token_id"]] * self.horizon
         self.modules: list[nn.Module] = [net]
         self.reset()

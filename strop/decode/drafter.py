@@ -17,11 +17,11 @@ class Drafter(ABC):
     tap_layers: tuple[int, ...] = ()
     """Layers of the target whose outputs `inject` reads; layer j is the j-th block, counted from 0."""
 
-    parameters: int = 0
-    """Numbers that it holds of its own."""
+    about: str = ""
+    """Its shape, in short: what its pass costs depends on it."""
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.parameters}, {self.horizon}, {self.tap_layers})"
+        return f"{type(self).__name__}({self.about or self.horizon})"
 
     def bytes(self, context: int) -> int:
         """What it holds of its own behind `context` tokens: weights, keys and values."""

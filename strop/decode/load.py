@@ -1,17 +1,22 @@
 """A drafter by its name: `ngram`, `zoo:NAME`, a drafter's folder, or the folder of a small language model."""
 
 import json
+from hashlib import blake2b, file_digest
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from strop.core.checkpoint import inspect
+from strop.core.causal import load_causal, require_causal
+from strop.core.checkpoint import inspect, require_memory
 from strop.core.errors import StropError
-from strop.decode.checkpoint import read_drafter
+from strop.decode.checkpoint import fingerprint, read_drafter
 from strop.decode.drafter import Drafter
 from strop.decode.ngram import NGram
 from strop.decode.small_lm import SmallLM
-from strop.models.zoo import zoo_path
+from strop.models.zoo import zoo_names, zoo_path
+
+NGRAM = "ngram"
 
 
 def load_drafter(name: str | Path, target: PreTrainedModel) -> Drafter:
@@ -19,29 +24,66 @@ def load_drafter(name: str | Path, target: PreTrainedModel) -> Drafter:
 
     Raises StropError when it is missing or damaged, or was made for another model or tokenizer.
     """
-    if name == "ngram":
+    if name == NGRAM:
         return NGram()
-    folder = zoo_path(str(name)[4:]) if str(name).startswith("zoo:") else Path(name)
+    folder = _folder(name)
     if not folder.is_dir():
         raise StropError(
             f"no drafter at {folder}: give ngram, zoo:NAME, or the folder of a drafter or a model"
         )
-    if _is_block_drafter(folder):
+    if "dflash_config" in _config(folder):
         return read_drafter(folder, target)
-    inspect(folder)
+    checkpoint = inspect(folder)
+    require_causal(checkpoint)
+    require_memory(checkpoint, target.dtype.itemsize)
+    _require_tokenizer(folder, Path(target.name_or_path))
+    return SmallLM(load_causal(checkpoint, target.dtype, target.device), target)
+
+
+def drafters_for(target: PreTrainedModel) -> list[str]:
+    """The bundled drafters that were trained for `target`, as `zoo:NAME`."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=target.dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        configs = {name: _config(zoo_path(name)) for name in zoo_names()}
+    except StropError:
+        return []
+    wanted = fingerprint(target)
+    return [f"zoo:{name}" for name, config in configs.items() if config.get("target_fingerprint") == wanted]
+
+
+def drafter_digest(name: str) -> str | None:
+    """16 hex digits that name what a drafter's folder holds; None where there is no folder."""
+    if name == NGRAM:
+        return None
+    try:
+        files = sorted(_folder(name).glob("*.safetensors"))
+        hasher = blake2b((_folder(name) / "config.json").read_bytes(), digest_size=8)
+        for path in files:
+            with path.open("rb") as file:
+                hasher.update(file_digest(file, blake2b).digest())
+    except (OSError, StropError):
+        return None
+    return hasher.hexdigest()
+
+
+def _require_tokenizer(folder: Path, target: Path) -> None:
+    """Raise StropError where both folders tell their vocabulary and these differ."""
+    files = [place / "tokenizer.json" for place in (folder, target)]
+    if not all(file.is_file() for file in files):
+        return
+    own, wanted = (json.loads(file.read_text(encoding="utf-8")).get("model", {}) for file in files)
+    if own.get("vocab") != wanted.get("vocab"):
+        raise StropError(
+            f"{folder} has another tokenizer than {target}: use a model with the target's tokenizer"
         )
-    except Exception as error:  # transformers and safetensors raise many kinds for a broken folder
-        reason = " ".join(str(error).split())[:200]
-        raise StropError(f"{folder} holds neither a drafter nor a language model ({reason})") from error
-    return SmallLM(model.to(target.device).eval(), target)
 
 
-def _is_block_drafter(folder: Path) -> bool:
+def _folder(name: str | Path) -> Path:
+    return zoo_path(str(name)[4:]) if str(name).startswith("zoo:") else Path(name)
+
+
+def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StropError(f"{folder} has no readable config.json: is the drafter complete?") from error
-    return isinstance(config, dict) and "dflash_config" in config
+    return config if isinstance(config, dict) else {}

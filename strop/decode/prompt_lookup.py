@@ -27,7 +27,7 @@ class PromptLookup(DecodeMethod):
             raise ValueError("tokens and ngram must be at least 1")
 
     @property
-    def depth(self) -> int:
+    def least_rollback(self) -> int:
         return self.tokens
 
     def options(self, model: PreTrainedModel) -> dict[str, Any]:

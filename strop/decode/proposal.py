@@ -53,6 +53,12 @@ class Proposal:
             raise ValueError("a proposal's candidates are not in order of probability")
 
 
+NOTHING = Proposal(
+    "markov", *(torch.zeros(0, 1, 1, dtype=kind) for kind in (torch.int64, torch.float32, torch.int64))
+)
+"""No candidates at all."""
+
+
 def marginals(logits: Tensor, width: int, sampled: bool = False) -> Proposal:
     """A proposal from one distribution a depth: logits `[L, V]`, the best `width` candidates of each.
 

@@ -49,10 +49,11 @@ class Resting(StopRule):
         return self.rule.expected(nodes, phi, context)
 
     def observe(self, nodes: int, context: int, emitted: int, verify_s: float, round_s: float) -> None:
-        self.rule.observe(nodes, context, emitted, verify_s, round_s)
         if self.left:
+            self.rule.cost.observe(1, context, verify_s)
             self.left -= 1
             return
+        self.rule.observe(nodes, context, emitted, verify_s, round_s)
         self.seen += 1
         self.elapsed += round_s
         self.plain_s += emitted * self.rule.cost.verify(1, context)

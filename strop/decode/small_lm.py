@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from strop.core.compact import keep, require_trees
 from strop.core.errors import StropError
 from strop.decode.drafter import Drafter
-from strop.decode.proposal import Proposal
+from strop.decode.proposal import NOTHING, Proposal
 
 
 class SmallLM(Drafter):
@@ -28,7 +28,9 @@ class SmallLM(Drafter):
             )
         require_trees(DynamicCache(config=model.config))
         self.model, self.horizon = model, horizon
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        config = model.config.get_text_config(decoder=True)
+        self.limit = getattr(config, "max_position_embeddings", None) or 1 << 30
+        self.about = f"{type(model).__name__} {config.num_hidden_layers} x {config.hidden_size}"
         self.reset()
 
     def bytes(self, context: int) -> int:
@@ -44,6 +46,8 @@ class SmallLM(Drafter):
         self.held: list[int] = []
 
     def propose(self, ids: Sequence[int], width: int) -> Proposal:
+        if len(ids) + self.horizon > self.limit:
+            return NOTHING
         self._take_back(ids)
         tokens, logp = [], []
         given = list(ids[self.cache.get_seq_length() :])

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from strop.core.compact import most_rollback
 from strop.core.errors import StropError
 from strop.decode.builder import Grown, TreeBuilder
 from strop.decode.calibrate import CostAware, Report, kind
@@ -76,8 +77,8 @@ class Speculative:
         _require_single(config, input_ids, model_kwargs)
         cache = model_kwargs.get("past_key_values")
         cache = DynamicCache(config=model.config) if cache is None else cache
-        self.prepare(model, cache)
         _require_unread(input_ids, cache)
+        self.prepare(model, cache)
         self.drafter.reset()
         self.stats = Stats()
         text = Text(input_ids, logits_processor, stopping_criteria, config.max_length, streamer)
@@ -98,6 +99,10 @@ class Speculative:
         """
         if self.bound != (model, kind(cache)):
             require_target(model)
+            if most_rollback(cache) == 0:
+                raise StropError(
+                    "this cache takes no tokens back: give it a max_rollback, or decode without drafts"
+                )
             self.builder = self.tree.bound(model, self.drafter, cache, report)
             self.bound = model, kind(cache)
 
@@ -131,7 +136,7 @@ class Speculative:
         target.keep(len(tree), path)
         self._inject(None if features is None else features[path], context)
         clock.append(time.perf_counter())
-        self._note(tree, context, emitted, clock)
+        self._note(tree, context, emitted, clock, proposal is not None)
         return done
 
     def _tree(self, proposal: Any, root: int, target: Target, sampler: Sampler) -> DraftTree:
@@ -144,12 +149,13 @@ class Speculative:
         if features is not None:
             self.drafter.inject(features, first)
 
-    def _note(self, tree: DraftTree, context: int, emitted: int, clock: list[float]) -> None:
+    def _note(self, tree: DraftTree, context: int, emitted: int, clock: list[float], drafted: bool) -> None:
         """Add a round to the statistics, and let the builder learn from it."""
         stages = [end - start for start, end in pairwise(clock)]
-        theta = self.builder.expected(tree, context)
+        theta = self.builder.expected(tree, context) if drafted else None
         self.stats.note(len(tree) - 1, emitted, stages, 1 + tree.expected_accepted(), theta)
-        self.builder.observe(len(tree) - 1, context, emitted, stages[2], clock[-1] - clock[0])
+        if drafted or self.builder.rests:
+            self.builder.observe(len(tree) - 1, context, emitted, stages[2], clock[-1] - clock[0])
 
 
 def _sampler(config: GenerationConfig) -> Sampler:

@@ -21,9 +21,12 @@ class Stats:
     emitted: int = 0
     """Tokens that rounds emitted; the first token of a generation comes from the prompt."""
     promised: float = 0.0
-    """Tokens that the drafter's word promised in rounds whose cost was predicted, 1 + Phi each."""
+    """Tokens that the drafter's word promised in drafted rounds whose cost was predicted, 1 + Phi each."""
     predicted_s: float = 0.0
     """Seconds predicted for these rounds."""
+    realised: int = 0
+    """Tokens that they emitted, and seconds that they took."""
+    realised_s: float = 0.0
 
     @property
     def rounds(self) -> int:
@@ -47,6 +50,8 @@ class Stats:
         if theta is not None:
             self.promised += promised
             self.predicted_s += promised / theta
+            self.realised += emitted
+            self.realised_s += sum(stages)
 
     def __add__(self, other: "Stats") -> "Stats":
         return Stats(
@@ -57,6 +62,8 @@ class Stats:
             self.emitted + other.emitted,
             self.promised + other.promised,
             self.predicted_s + other.predicted_s,
+            self.realised + other.realised,
+            self.realised_s + other.realised_s,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,4 +79,5 @@ class Stats:
             **{f"{stage}_s": self.seconds[stage] for stage in STAGES},
             "tokens_per_s": self.emitted / elapsed if elapsed else None,
             "predicted_tokens_per_s": self.promised / self.predicted_s if self.predicted_s else None,
+            "realised_tokens_per_s": self.realised / self.realised_s if self.realised_s else None,
         }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from operator import truediv
-from typing import Literal
+from typing import ClassVar, Literal
 
 from strop.decode.cost import CostModel
 
@@ -65,9 +65,10 @@ class Throughput(StopRule):
 
     Under a convex cost theta rises and then falls, so "greedy" stops at the first node that does not raise
     it. "scan" looks at all sizes up to `most`, for costs with steps. "buckets" looks only at trees that fill
-    one of `edges`, the numbers of verified tokens to which batches are padded. A `price` of "round" maximises
-    theta in every round; "global" maximises tokens over time of all rounds together: time costs the tokens
-    that the rounds so far brought in it (Dinkelbach), and the first round is as with "round".
+    one of `edges`, the numbers of verified tokens to which a runtime with CUDA graphs pads; transformers pads
+    nothing. A `price` of "round" maximises theta in every round; "global" maximises tokens over time of all
+    rounds together: time costs the tokens that the rounds so far brought in it (Dinkelbach), and the first
+    round is as with "round".
 
     Differs: n nodes cost a forward over n + 1 tokens, where the official code looks up n.
     """
@@ -76,7 +77,7 @@ class Throughput(StopRule):
     mode: Literal["greedy", "scan", "buckets"] = "greedy"
     price: Literal["round", "global"] = "round"
     most: int = 1024
-    width: int = 32  # type: ignore[assignment]
+    width: ClassVar[int] = 32  # type: ignore[misc]
     edges: tuple[int, ...] = ()
     emitted: float = field(default=0.0, init=False)
     """Tokens of the newest rounds, and the seconds they took."""
@@ -137,6 +138,7 @@ class Throughput(StopRule):
 
     def observe(self, nodes: int, context: int, emitted: int, verify_s: float, round_s: float) -> None:
         self.cost.observe(self._padded(nodes), context, verify_s)
+        self.cost.observe_draft(nodes, context, round_s - verify_s)
         self.emitted = MEMORY * self.emitted + emitted
         self.elapsed = MEMORY * self.elapsed + round_s
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from strop.core.compact import keep, most_depth, most_rollback, tree_mask
 from strop.core.errors import StropError
 from strop.core.hooks import decoder_layers, outputs_of
-from strop.decode.tree import DraftTree
+from strop.decode.tree import DraftTree, binary, chained
 
 CLOSE = 0.02
 """By how much a logit may differ, relative to the largest, between two ways to compute the same."""
@@ -95,12 +95,13 @@ def require_target(model: PreTrainedModel) -> None:
         )
     if "local" in (getattr(model.config, "attention_layers", None) or ()):  # GPT-Neo's, inside its attention
         raise StropError(f"{name} has windows that count drafts as text: decode without drafts")
-    alone = DraftTree([1, 2, 4], [-1, 0, 1], [0, 1, 2], [0.0] * 3)
-    beside = [DraftTree([1, 2, x, 4], [-1, 0, 0, 1], [0, 1, 1, 2], [0.0] * 4) for x in (3, 5)]
+    a, b, c, d, e = (token % model.get_input_embeddings().weight.shape[0] for token in range(5))
+    alone, beside = chained([a, b, c]), [binary([a, b, other, c]) for other in (d, e)]
     caches = [DynamicCache(config=model.config) for _ in range(3)]
     try:
         behind = [
-            Target(model, c, []).score(t)[-1].float() for c, t in zip(caches, (alone, *beside), strict=True)
+            Target(model, cache, []).score(tree)[-1].float()
+            for cache, tree in zip(caches, (alone, *beside), strict=True)
         ]
     except StropError:
         raise

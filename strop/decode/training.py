@@ -28,6 +28,10 @@ from strop.decode.dflash import DFlashNet
 from strop.decode.treeflash import Approximator
 
 Loss = Callable[["Blocks"], Tensor]
+PROBE = 16
+"""Tokens on which the target's logits are compared with its head."""
+ROUNDING = 1e-3
+"""Share of the largest logit by which they may differ."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Blockwise:
     """Cuts rows into anchored blocks and runs target and drafter over them."""
 
     def __init__(self, target: PreTrainedModel, net: DFlashNet, gamma: float) -> None:
+        require_bare_head(target)
         self.target, self.net, self.gamma = target.requires_grad_(False).eval(), net, gamma
         self.embed, self.head = target.get_input_embeddings(), target.get_output_embeddings()
         layers, wanted = decoder_layers(target), net.config.dflash_config["target_layer_ids"]
@@ -107,6 +112,20 @@ class Blockwise:
         return Blocks(h, self.net.norm(h), true, inside * fading, hidden)
 
 
+@torch.no_grad()
+def require_bare_head(target: PreTrainedModel) -> None:
+    """Raise StropError unless the target's logits are its head of its final states, as a drafter's are."""
+    ids = torch.arange(PROBE, device=target.device)[None] % target.get_input_embeddings().weight.shape[0]
+    states = target.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    logits = target(input_ids=ids, use_cache=False).logits.float()
+    apart = (target.get_output_embeddings()(states).float() - logits).abs().max()
+    if not apart <= ROUNDING * logits.abs().max():
+        raise StropError(
+            f"{type(target).__name__} caps or scales the logits of its head, which block drafters, who draft "
+            "by the head alone, cannot follow: draft with n-grams or a small model"
+        )
+
+
 def block_mask(anchors: Tensor, width: int, size: int) -> Tensor:
     """What each slot sees, `[B, 1, A * N, T + A * N]` bool: context before its anchor, and its own block."""
     count = anchors.shape[1]
@@ -131,27 +150,35 @@ def dflash_loss(trunk: Blockwise) -> Loss:
     def loss(blocks: Blocks) -> Tensor:
         logits = trunk.head(blocks.n).float()
         nats = cross_entropy(logits.flatten(0, -2), blocks.ids[..., 1:].flatten(), reduction="none")
-        return (nats * blocks.weight.flatten()).sum() / blocks.weight.sum()
+        return _mean(nats.view_as(blocks.weight), blocks.weight)
 
     return loss
 
 
-def treeflash_loss(trunk: Blockwise, approximator: Approximator, kept: float) -> Loss:
-    """Divergence of the corrected slots from the target's distribution, and `kept` times the plain slots'.
+def distilled_loss(trunk: Blockwise) -> Loss:
+    """Divergence of the drafted slots from the target's distribution, which teaches more than a token."""
 
-    The second term keeps the marginals, a tree's candidates, where the backbone trains along.
-    """
+    def loss(blocks: Blocks) -> Tensor:
+        p = trunk.head(blocks.hidden).float().log_softmax(-1)
+        return _mean(divergence(p, trunk.head(blocks.n)), blocks.weight)
+
+    return loss
+
+
+def treeflash_loss(trunk: Blockwise, approximator: Approximator) -> Loss:
+    """Divergence of the corrected slots from the target's distribution."""
 
     def loss(blocks: Blocks) -> Tensor:
         p = trunk.head(blocks.hidden).float().log_softmax(-1)
         o = approximator(trunk.embed(blocks.ids[..., :-1]), blocks.n)
-        corrected = trunk.head(trunk.net.norm(blocks.h + o))
-        nats = divergence(p, corrected)
-        if kept:
-            nats = nats + kept * divergence(p, trunk.head(blocks.n))
-        return (nats * blocks.weight).sum() / blocks.weight.sum()
+        return _mean(divergence(p, trunk.head(trunk.net.norm(blocks.h + o))), blocks.weight)
 
     return loss
+
+
+def _mean(nats: Tensor, weight: Tensor) -> Tensor:
+    """0 where nothing counts, as when the target ended every row at once."""
+    return (nats * weight).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def divergence(logp: Tensor, logits: Tensor) -> Tensor:

@@ -76,6 +76,21 @@ class DraftTree:
             raise ValueError("two siblings hold the same token")
 
 
+def binary(tokens: Sequence[int]) -> DraftTree:
+    """The tokens as a tree with two children a node, breadth first."""
+    parent, depth = [-1], [0]
+    for node in range(1, len(tokens)):
+        parent.append((node - 1) // 2)
+        depth.append(depth[parent[node]] + 1)
+    return DraftTree(tokens, parent, depth, [0.0] * len(tokens))
+
+
+def chained(tokens: Sequence[int]) -> DraftTree:
+    """The tokens as a chain."""
+    size = len(tokens)
+    return DraftTree(tokens, list(range(-1, size - 1)), list(range(size)), [0.0] * size)
+
+
 def bare(root: int) -> DraftTree:
     """A root without nodes: a plain step."""
     return DraftTree([root], [-1], [0], [0.0])

@@ -50,7 +50,7 @@ class TreeFlashDrafter(DFlashDrafter):
         self.approximator = approximator.eval()
         self.modules.append(self.approximator)
         self.rows = min(rows, len(self.embed.weight))
-        self.parameters += sum(parameter.numel() for parameter in approximator.parameters()) * self.rows
+        self.about += f", {self.rows} rows"
 
     def propose(self, ids: Sequence[int], width: int) -> Proposal:
         h = self.slots(ids[-1])
