@@ -16,39 +16,36 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from strop import __version__, console
+from strop import __version__, console, tables
 from strop import doctor as doctors
+from strop.cli_train import train
 from strop.core.errors import StropError
 from strop.core.files import require_folder
+from strop.options import (
+    Batch,
+    Context,
+    DataFile,
+    Device,
+    Drafter,
+    Drop,
+    Dtype,
+    Either,
+    InDtype,
+    Json,
+    OnDevice,
+    Seed,
+    Source,
+    ZooName,
+)
 
 STDERR = 2
 Objective = StrEnum("Objective", ["balanced", "memory", "speed"])
-Device = StrEnum("Device", ["cpu", "cuda"])
-Dtype = StrEnum("Dtype", ["auto", "bf16", "fp32"])
+Tree = StrEnum("Tree", ["caddtree", "ddtree", "dflash"])
 Scale = StrEnum("Scale", ["cpu", "gpu"])
-
-Source = Annotated[str, typer.Argument(metavar="MODEL", help="zoo:NAME or a checkpoint folder.")]
-Either = Annotated[
-    str,
-    typer.Argument(metavar="MODEL|RECIPE", help="zoo:NAME, a checkpoint folder, or a recipe file (.yaml)."),
-]
-DataFile = Annotated[
-    Path | None,
-    typer.Option("--data", metavar="FILE", help="Text, or JSON Lines of prompts. Default: bundled data."),
-]
-Drop = typer.Option(parser=console.share, metavar="SHARE", help="Most quality to lose, at 95 %: 1% or 0.01.")
-Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences served together.")]
-Context = Annotated[
-    int | None, typer.Option(min=2, metavar="N", help="Tokens in the cache. Default: as the data has.")
-]
-OnDevice = Annotated[Device, typer.Option("--device", help="Where to run.")]
-InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: as the checkpoint is stored.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Where the draws begin.")]
-ZooName = Annotated[str, typer.Argument(metavar="NAME", help="As `strop zoo list` has it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
 
 app = typer.Typer(name="strop", cls=console.Strop, add_completion=False, pretty_exceptions_enable=False)
 zoo = typer.Typer(help="List, show and train the bundled small models.")
+app.add_typer(train, name="train")
 app.add_typer(zoo, name="zoo")
 
 
@@ -77,6 +74,7 @@ def tune(
         float | None, typer.Option(parser=console.positive, metavar="N", help="Start nothing after this.")
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Only these, as in kvarn,rtn. Default: all.")] = None,
+    draft: Drafter = None,
     device: OnDevice = Device.cpu,
     dtype: InDtype = Dtype.auto,
     seed: Seed = 0,
@@ -99,6 +97,7 @@ def tune(
         context=context,
         budget_minutes=budget_minutes,
         methods=None if methods is None else tuple(name.strip() for name in methods.split(",")),
+        draft=draft,
         device=device.value,
         dtype=dtype.value,
         seed=seed,
@@ -108,7 +107,7 @@ def tune(
     if as_json:
         console.print_json(study)
     else:
-        console.show_frontier(study, out)
+        tables.show_frontier(study, out)
     if study["rows"][0]["status"] != "measured":
         console.fail(f"the model as it is was not measured: {study['rows'][0]['reason']}", 1)
 
@@ -137,7 +136,7 @@ def measure(
     if as_json:
         console.print_json(row)
     else:
-        console.show_row(row)
+        tables.show_row(row)
     if row["status"] != "measured":
         console.fail(f"{row['label']} was {row['status']}: {row['reason']}", 1)
     drop = row["quality"]["drop_hi"]
@@ -157,29 +156,42 @@ def generate(
     temperature: Annotated[
         float | None, typer.Option(parser=console.positive, metavar="T", help="With --seed: 1 as trained.")
     ] = None,
+    draft: Drafter = None,
+    tree: Annotated[Tree | None, typer.Option(help="How drafts are verified. Default: caddtree.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Nodes of a ddtree. Default: 16.")
+    ] = None,
     device: OnDevice = Device.cpu,
     dtype: InDtype = Dtype.auto,
     as_json: Json = False,
 ) -> None:
-    """Continue a prompt, and print the new text as it comes."""
+    """Continue a prompt, and print the new text as it comes.
+
+    A drafter makes it faster and changes nothing; how well it did is told on stderr.
+    """
     text = console.given_prompt(prompt, prompt_file)
     if temperature is not None and seed is None:
         raise StropError("--temperature needs --seed: without a seed the likeliest token is always taken")
     console.quiet()
+    decode = console.given_draft(draft, tree, budget)
     from strop.model import load
 
     with console.progress() as report:
         report("loading", 0.0)
-        lm = load(model, dtype.value, device.value)
+        lm = load(model, dtype.value, device.value).with_(**decode)
+        lm.prepare(report)
         ids = lm.encode(text)
     with console.streamer(lm.tokenizer, max_new_tokens, as_json) as streamer:
         start = time.perf_counter()
         new = lm.generate_ids([ids], max_new_tokens, seed, temperature or 1.0, streamer=streamer)[0]
         seconds = time.perf_counter() - start
+    spoken = lm.stats.to_dict() if lm.stats else None
     if as_json:
         said = lm.tokenizer.decode(new, skip_special_tokens=True)
         about = {"tokens": len(new), "seconds": seconds, "recipe": lm.recipe.to_dict()}
-        console.print_json({"prompt": text, "text": said} | about)
+        console.print_json({"prompt": text, "text": said, "speculation": spoken} | about)
+    elif spoken:
+        tables.show_speculation(spoken)
 
 
 @app.command(epilog="Example: strop claims kvarn --json")
@@ -199,7 +211,7 @@ def claims(
     if as_json:
         console.print_json([claim.to_dict() for claim in found])
     else:
-        console.show_claims(found)
+        tables.show_claims(found)
 
 
 @app.command(epilog="Example: strop doctor --json")
@@ -209,7 +221,7 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         console.print_json(doctors.to_dict(parts))
     else:
-        console.show_parts(parts)
+        tables.show_parts(parts)
     raise typer.Exit(0 if doctors.healthy(parts) else 1)
 
 
@@ -220,7 +232,7 @@ def zoo_list(as_json: Json = False) -> None:
     if as_json:
         console.print_json(rows)
     else:
-        console.show_zoo(rows)
+        tables.show_zoo(rows)
 
 
 @zoo.command("show", epilog="Example: strop zoo show coder")

@@ -1,24 +1,19 @@
-"""How the command line reads and speaks: errors in one sentence, a progress bar, tables that fit 80 columns.
-
-Nothing here measures or decides; the words of measures are those of the report.
-"""
+"""How the command line reads and speaks: errors in one sentence, option parsers, a progress bar, JSON."""
 
 import errno
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Column
 from typer.core import TyperGroup
 
 from strop.core.errors import StropError
@@ -170,6 +165,17 @@ def given_prompt(prompt: str | None, file: Path | None) -> str:
     return text
 
 
+def given_draft(drafter: str | None, tree: str | None, budget: int | None) -> dict[str, Any]:
+    """The decode slot, from the command line; empty where nobody drafts."""
+    if drafter is None:
+        if tree or budget:
+            raise StropError("--tree and --budget say how drafts are verified: add --draft DRAFTER")
+        return {}
+    from strop.recipe import drafting
+
+    return {"decode": drafting(drafter, tree or "caddtree", budget)}
+
+
 def zoo_rows() -> list[dict[str, Any]]:
     """Name, bytes of weights and the first sentence of the card of each bundled model."""
     rows = []
@@ -189,7 +195,8 @@ def _first_sentence(name: str) -> str:
 
 def zoo_script(name: str) -> Path:
     """The script that trains a bundled model."""
-    scripts = {path.stem.removeprefix("train_"): path for path in zoo_root().glob("train_*.py")}
+    found = zoo_root().glob("train_*.py")
+    scripts = {path.stem.removeprefix("train_").replace("_", "-"): path for path in found}
     if name not in scripts:
         raise StropError(f"no script trains {name!r}; {did_you_mean(name, list(scripts))}")
     return scripts[name]
@@ -209,89 +216,3 @@ def plain(value: Any) -> Any:
 def print_json(value: Any) -> None:
     """One JSON value."""
     typer.echo(json.dumps(plain(value), indent=2))
-
-
-def print_table(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """A table that fits the terminal; its text is taken literally."""
-    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False)
-    for row in rows:
-        table.add_row(*(Text(cell, overflow="fold") for cell in row))
-    Console().print(table)
-
-
-def say(text: str) -> None:
-    """A paragraph of plain text, wrapped at words."""
-    Console(highlight=False).print(Text(text.replace("\N{NO-BREAK SPACE}%", "%")))
-
-
-def show_frontier(study: Mapping[str, Any], out: Path) -> None:
-    """The recipes on the frontier, what was chosen, and where the rest is."""
-    from strop.tune.report import view
-
-    told = view(plain(study))
-    lines = [line for line in told["lines"] if line["kind"] in ("chosen", "baseline", "frontier")]
-    names = ("Memory", "Time per token", "Drop, upper limit")
-    columns = [
-        Column("Recipe", ratio=3),
-        *(Column(name, justify="right") for name in names),
-        Column("", ratio=2),
-    ]
-    print_table(
-        columns,
-        [[line["label"], *(line["cells"][name].text for name in names), line["verdict"]] for line in lines],
-    )
-    say(f"{told['outcome']} {told['scope']}\n")
-    rest = len(told["lines"]) - len(lines)
-    typer.echo(f"Recipe: {out / 'recipe.yaml'}")
-    typer.echo(f"Report: {out / 'report.html'}" + (f" (with {rest} more recipes)" if rest else ""))
-    typer.echo(f"Try:    {study['commands'][0]}")
-
-
-def show_row(row: Mapping[str, Any]) -> None:
-    """All measures of one recipe."""
-    from strop.tune.report_measures import MEASURES, MISSING
-
-    found = [(measure, measure.cell(plain(row))) for measure in MEASURES]
-    print_table(
-        [Column("Measure"), Column("Value", justify="right"), Column("", ratio=1), Column("Unit")],
-        [[m.title, cell.text, cell.note, m.unit] for m, cell in found if cell.text != MISSING],
-        title=row["label"],
-    )
-
-
-def show_zoo(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The bundled models, one a line."""
-    from strop.tune.report_measures import size
-
-    columns = [Column("Name"), Column("Size", justify="right", no_wrap=True), Column("About", ratio=1)]
-    print_table(columns, [[row["name"], size(row["bytes"]), row["about"]] for row in rows])
-
-
-def show_claims(claims: Sequence[Any]) -> None:
-    """Each claim with what the paper says, what was measured, and the verdict with its reason."""
-    widths = {"Claim": 5, "Paper": 4, "Measured": 4, "95 %": 3, "Verdict": 3}
-    rows = []
-    for claim in claims:
-        ends = [f"{end:.3g}" for end in claim.interval or ()]
-        said = f"{claim.paper}: {claim.claim}"
-        rows.append([said, claim.paper_value, claim.measured, " to ".join(ends), claim.verdict])
-    print_table([Column(name, ratio=width) for name, width in widths.items()], rows)
-    for claim in claims:
-        say(f"{claim.paper}, {claim.verdict}: {claim.reason}")
-
-
-def show_parts(parts: Sequence[Any]) -> None:
-    """What `strop doctor` found, and how to get what is missing."""
-    print_table(
-        [Column("Part"), Column("Found", ratio=1)],
-        [[part.name, part.found or ("MISSING" if part.required else "not here")] for part in parts],
-    )
-    missing = [part for part in parts if part.found is None]
-    if missing:
-        print_table(
-            [Column("Missing"), Column("Is for", ratio=1), Column("Brought by", no_wrap=True)],
-            [
-                [part.name, part.purpose + ("" if part.required else " (optional)"), part.install]
-                for part in missing
-            ],
-        )

@@ -14,27 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from strop.core.cache import attach
+from strop.core.causal import FROM_FOLDER, load_causal, not_loaded, require_causal
 from strop.core.checkpoint import Checkpoint, inspect, require_memory
 from strop.core.errors import StropError
 from strop.core.sampling import KeyedSampler
+from strop.decode.calibrate import Report
+from strop.decode.stats import Stats
 from strop.kv.base import KVShape
 from strop.models.zoo import zoo_path
 from strop.recipe import Recipe
 
 DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 ITEMSIZES = {"auto": 0, "bf16": 2, "fp32": 4}
-FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-"""No network, and no code that a checkpoint brings along."""
 Prompt = str | Sequence[dict[str, str]]
 """Text, or chat messages to which the model's template applies."""
 
@@ -59,6 +54,8 @@ class Model:
         if model is None:
             model = plain if recipe.weights is None else recipe.weights.apply(_shared(plain))
         self.model = model
+        self.stats: Stats | None = None
+        """What drafts brought in the newest generation; None where the recipe has no drafter."""
 
     def with_(self, **slots: Any) -> "Model":
         """The same checkpoint with other methods in some slots; `None` empties a slot."""
@@ -97,6 +94,11 @@ class Model:
     def decoding(self) -> dict[str, Any]:
         """What the recipe's decode method tells `generate`; its drafter is loaded once."""
         return {} if self.recipe.decode is None else self.recipe.decode.options(self.model)
+
+    def prepare(self, report: Report = lambda what, share: None) -> None:
+        """Do what the first generation would: load the drafter, and measure what its rounds cost here."""
+        if (drafted := self.decoding.get("custom_generate")) is not None:
+            drafted.prepare(self.model, self.new_cache(), report)
 
     def new_cache(self) -> Cache:
         """An empty cache of the recipe's kv method; transformers' dense cache when the slot is empty."""
@@ -143,12 +145,14 @@ class Model:
         """
         rows = [self.encode(prompt) for prompt in prompts for _ in range(samples)]
         at_once = len(rows) if self.recipe.decode is None else 1
-        texts = []
+        texts, stats = [], []
         for start in range(0, len(rows), at_once):
             batch = rows[start : start + at_once]
             which = [(start + i) % samples for i in range(len(batch))]
             ids = self.generate_ids(batch, max_new_tokens, seed, temperature, which, **options)
             texts += self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            stats += [] if self.stats is None else [self.stats]
+        self.stats = sum(stats, Stats()) if stats else None
         return texts
 
     @torch.no_grad()
@@ -182,10 +186,8 @@ class Model:
         if seed is not None:
             processors.append(KeyedSampler(seed, pads, samples or [0] * len(rows), temperature))
         settings = {"do_sample": False, "num_beams": 1, "pad_token_id": self.pad, **options, **self.decoding}
-        if "custom_generate" in settings:  # transformers hands it no streamer
-            settings["custom_generate"] = partial(
-                settings["custom_generate"], streamer=settings.get("streamer")
-            )
+        if drafted := self.decoding.get("custom_generate"):  # transformers hands it no streamer
+            settings["custom_generate"] = partial(drafted, streamer=settings.get("streamer"))
         out = self.model.generate(
             input_ids=ids.to(self.device),
             attention_mask=mask.to(self.device),
@@ -194,6 +196,7 @@ class Model:
             logits_processor=processors,
             **settings,
         )
+        self.stats = drafted.stats if drafted else None
         return out[:, longest:].tolist()
 
     @property
@@ -203,6 +206,11 @@ class Model:
             if token is not None and token < self.vocabulary:
                 return token
         return 0
+
+    def drafter_bytes(self, context: int) -> int:
+        """What the recipe's drafter holds of its own behind `context` tokens."""
+        drafted = self.decoding.get("custom_generate")
+        return drafted.drafter.bytes(context) if drafted else 0
 
     def weight_bytes(self) -> int:
         """Bytes of all distinct parameters and buffers."""
@@ -232,59 +240,18 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
     name = str(recipe.model)
     path = zoo_path(name[4:]) if name.startswith("zoo:") else Path(name)
     checkpoint = inspect(path)
-    _require_causal(checkpoint)
+    require_causal(checkpoint)
     require_memory(checkpoint, ITEMSIZES[dtype])
     if device == "cuda" and not torch.cuda.is_available():
         raise StropError("no CUDA device is visible: use --device cpu, or see `strop doctor`")
-    part = "tokenizer"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **FROM_FOLDER)
-        part = "model"
-        plain, loaded = AutoModelForCausalLM.from_pretrained(
-            path,
-            **FROM_FOLDER,
-            dtype=DTYPES[dtype],
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    except Exception as error:  # tokenizers and safetensors raise bare Exception for a broken file
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise StropError(
-            f"transformers cannot load the {part} in {path} ({reason}): restore the original files"
-        ) from error
-    _require_whole(plain, loaded, path)
-    plain = attach(plain.eval().to(device))
-    _require_finite(plain, path)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise not_loaded("tokenizer", path, error) from error
+    plain = attach(load_causal(checkpoint, DTYPES[dtype], device))
     model = Model(plain, tokenizer, recipe, checkpoint)
-    _require_runs(model)
+    _require_runs(model.with_(decode=None))
     return model
-
-
-def _require_causal(checkpoint: Checkpoint) -> None:
-    kind = checkpoint.config["model_type"]
-    classes = [str(name) for name in checkpoint.config.get("architectures") or []]
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
-    if not known or (classes and not any(name in known or "ForCausalLM" in name for name in classes)):
-        raise StropError(
-            f"{checkpoint.path} holds a model of class {', '.join(classes) or kind}, not a causal language "
-            "model that transformers runs: give a decoder such as Qwen3, Llama, Mistral, Gemma or GPT-2"
-        )
-
-
-def _require_whole(model: PreTrainedModel, loaded: dict[str, Any], path: Path) -> None:
-    """transformers draws weights that are missing or misshapen at random, and says so in a log."""
-    for name, stored, wanted in loaded["mismatched_keys"]:
-        raise StropError(
-            f"{path}: weight {name} is {tuple(stored)} in the file and {tuple(wanted)} by config.json: "
-            "restore the original files"
-        )
-    missing = sorted(loaded["missing_keys"])
-    if missing:
-        raise StropError(
-            f"{path} lacks {len(missing)} of the weights of a {type(model).__name__}, first {missing[0]}: "
-            "is it whole, and a causal language model?"
-        )
 
 
 def _require_runs(model: Model) -> None:
@@ -297,9 +264,3 @@ def _require_runs(model: Model) -> None:
             f"({' '.join(str(error).split())[:200]}): use an architecture that caches keys and values, or "
             "leave the kv slot empty"
         ) from error
-
-
-def _require_finite(model: PreTrainedModel, path: Path) -> None:
-    for name, tensor in model.named_parameters():
-        if not math.isfinite(tensor.detach().float().sum().item()) and not tensor.isfinite().all():
-            raise StropError(f"{path}: weight {name} holds NaN or infinity: download it again")

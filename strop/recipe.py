@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from strop.core.errors import StropError
 from strop.core.files import atomic, did_you_mean, digest
 from strop.core.method import Method
 from strop.decode import CaDDTree, DDTree, DecodeMethod, DFlash, PromptLookup
+from strop.decode.base import Drafted
 from strop.kv import (
     KIVI,
     RKV,
@@ -82,18 +84,35 @@ LONG = 1024
 """Tokens of context from which `tune` tries to evict some."""
 
 
-def candidates(context: int) -> dict[str, tuple[Method, ...]]:
+def candidates(context: int, drafters: Sequence[str] = ()) -> dict[str, tuple[Method, ...]]:
     """What `tune` tries in each slot where `context` tokens are cached; a method joins by one entry.
 
     Where that is `LONG`, half and a quarter of the tokens are budgets for eviction, alone and over a store.
+    `drafters` exist for the model.
     """
+    tried = ALWAYS | {"decode": (*ALWAYS["decode"], *(CaDDTree(drafter=drafter) for drafter in drafters))}
     if context < LONG:
-        return ALWAYS
+        return tried
     buffer = VaSE.buffer
     budgets = [context // part // buffer * buffer for part in (2, 4)]
     evicting = [kind(budget=budget) for kind in (VaSE, RKV) for budget in budgets]
     stored = [VaSE(budget=budget, store=KVarN(bits=4, group=buffer)) for budget in budgets]
-    return ALWAYS | {"kv": (*ALWAYS["kv"], *evicting, *stored)}
+    return tried | {"kv": (*ALWAYS["kv"], *evicting, *stored)}
+
+
+def named(slot: str, name: str, drafters: Sequence[str]) -> list[Method]:
+    """A method by its name, with its defaults; one for each drafter where it takes a drafter."""
+    kind: Any = METHODS[slot][name]
+    if issubclass(kind, Drafted):
+        return [kind(drafter=drafter) for drafter in ("ngram", *drafters)]
+    return [kind()]
+
+
+def drafting(drafter: str, tree: str = "caddtree", budget: int | None = None) -> Drafted:
+    """The decode method that verifies a drafter's tokens in trees of a kind, of `budget` nodes for ddtree."""
+    if budget is not None and tree != "ddtree":
+        raise StropError(f"a budget is for ddtree, and {tree} does without: leave it out, or use ddtree")
+    return METHODS["decode"][tree](drafter=drafter, **({} if budget is None else {"budget": budget}))
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -126,9 +145,9 @@ class Recipe:
         """Raise StropError for a composition that cannot work, naming the reason."""
         if self.kv is None or self.decode is None:
             return
-        if self.kv.max_rollback < self.decode.depth:
+        if self.kv.max_rollback < self.decode.least_rollback:
             raise StropError(
-                f"{label('decode', self.decode)} may take {self.decode.depth} tokens back and "
+                f"{label('decode', self.decode)} may take {self.decode.least_rollback} tokens back and "
                 f"{label('kv', self.kv)} can take back {self.kv.max_rollback}: propose fewer tokens, raise "
                 "max_rollback where the method has it, or leave one of the two slots empty"
             )

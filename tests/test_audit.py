@@ -139,13 +139,13 @@ def test_speed_is_a_ratio_within_rounds_and_drift_cancels(monkeypatch):
     monkeypatch.setattr(speeds, "SECONDS", 0.0)
     order = []
 
-    def timings(lm, rows, steps):
+    def timings(lm, rows, steps, kv):
         order.append(lm)
         factor = next(drift) * (1 if lm is fast else 2)
         return 4 * factor, 1 * factor, 0.5 * factor
 
     monkeypatch.setattr(speeds, "timings", timings)
-    found = speeds.speed(slow, fast, [[1]])
+    found = speeds.speed(slow, fast, [[[1]]])
     assert order[:4] == [slow, fast, fast, slow]
     assert found.ttft_ratio == found.step_ratio == (0.5, 0.5, 0.5)
     assert found.step_s == pytest.approx(2)

@@ -235,7 +235,7 @@ def test_code_that_a_checkpoint_brings_along_is_not_run(tiny, tmp_path):
 
 def test_a_model_larger_than_memory_is_refused_before_it_is_loaded(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=2000))
-    monkeypatch.setattr("strop.model.AutoModelForCausalLM", None)
+    monkeypatch.setattr("strop.core.causal.AutoModelForCausalLM", None)
     for words in (["generate", tiny, "--prompt", "x"], ["tune", tiny, "--out", tmp_path / "out"]):
         sentence = refused(*words)
         assert "GiB for its weights" in sentence

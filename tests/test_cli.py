@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from strop.claims.base import Claim
 from strop.cli import app
 from strop.core.errors import StropError
 from strop.core.files import require_folder
+from strop.decode import DDTree
 from strop.kv import KVarN
 from strop.tune import engine
 
 ROOT = Path(__file__).parents[1]
-VERBS = ["tune", "measure", "generate", "claims", "doctor", "zoo list", "zoo show", "zoo train"]
+VERBS = ["tune", "measure", "generate", "claims", "doctor", "train drafter"]
+VERBS += ["zoo list", "zoo show", "zoo train"]
 TEXT = "def add(a, b):\n    return a + b\n\n" * 40
 END = "<end>"
 
@@ -161,14 +164,14 @@ def test_tune_passes_everything_on(tuned, tmp_path):
     out, text = tmp_path / "out", tmp_path / "text.txt"
     strop_(
         "tune", "zoo:coder", "--data", text, "--out", out, "--objective", "memory", "--max-drop", "2 %",
-        "--batch", 4, "--context", 128, "--budget-minutes", 1.5, "--methods", "kvarn, rtn",
-        "--device", "cuda", "--dtype", "bf16", "--seed", 3, "--resume",
+        "--batch", 4, "--context", 128, "--budget-minutes", 1.5, "--methods", "kvarn, caddtree",
+        "--draft", "ngram", "--device", "cuda", "--dtype", "bf16", "--seed", 3, "--resume",
     )  # fmt: skip
     source, data, folder, settings, resume, _ = tuned.calls[0]
     assert (source, data, folder, resume) == ("zoo:coder", text, out, True)
     assert settings == engine.Settings(
         objective="memory", max_drop=0.02, batch=4, context=128, budget_minutes=1.5,
-        methods=("kvarn", "rtn"), device="cuda", dtype="bf16", seed=3,
+        methods=("kvarn", "caddtree"), draft="ngram", device="cuda", dtype="bf16", seed=3,
     )  # fmt: skip
     assert not out.exists()
 
@@ -288,6 +291,40 @@ def test_generate_runs_a_recipe_on_a_file(tiny, tmp_path):
     assert told["recipe"] == recipe.to_dict()
 
 
+def test_a_drafter_changes_nothing_but_the_passes(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("STROP_CACHE", str(tmp_path))
+    words = ("generate", tiny, "--prompt", "a b a b a b ", "--max-new-tokens", 24)
+    plain, heard = said(*words), []
+    assert plain["speculation"] is None
+    monkeypatch.setattr(console, "progress", lambda: nullcontext(lambda what, share: heard.append(what)))
+    for tree in (["--tree", "caddtree"], ["--tree", "ddtree", "--budget", 3], ["--tree", "dflash"], []):
+        told = said(*words, "--draft", "ngram", *tree)
+        assert told["text"] == plain["text"]
+        assert told["recipe"]["decode"].keys() == {tree[1] if tree else "caddtree"}
+        assert told["speculation"]["spec_verify_ct"] > 0
+    assert told["speculation"]["predicted_tokens_per_s"] > 0
+    assert sum("timing the model once, context 1" in what for what in heard) > 1
+    heard.clear()
+    lines = strop_(*words, "--draft", "ngram").stderr.splitlines()
+    assert not any("timing" in what for what in heard), "what rounds cost is known by now"
+    assert len(lines) == 2
+    assert lines[0].startswith("spec_accept_length ") and "tokens/s" in lines[0]
+    assert all(word in lines[1] for word in ("draft ", "build ", "verify ", "commit ", "accepted tokens: 0:"))
+
+
+def test_statistics_of_several_prompts_are_added_up(tiny):
+    lm = load(tiny).with_(decode=DDTree(drafter="ngram", budget=4))
+    assert lm.stats is None
+    lm.generate(["a b a b ", "c"], max_new_tokens=12)
+    together = lm.stats
+    alone = []
+    for prompt in ("a b a b ", "c"):
+        lm.generate([prompt], max_new_tokens=12)
+        alone.append(lm.stats)
+    assert together.accepted == alone[0].accepted + alone[1].accepted
+    assert load(tiny).with_(decode=None).stats is None
+
+
 # zoo, claims, doctor
 
 SCRIPT = "import sys, strop\nprint('training', *sys.argv[1:])\nsys.exit(int(sys.argv[-1]))\n"
@@ -323,6 +360,8 @@ def test_zoo_trains_with_the_script_and_passes_its_exit_code_on(zoo):
     assert json.loads(told.stdout)["exit_code"] == 0
     assert told.stderr == "training 0\n"
     assert "did you mean 'adder'" in strop_("zoo", "train", "../adder", code=2).stderr
+    (zoo / "train_adder_up.py").write_text(SCRIPT)
+    assert said("zoo", "train", "adder-up", "0")["exit_code"] == 0
 
 
 CLAIM = Claim(

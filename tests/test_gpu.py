@@ -5,8 +5,8 @@ import torch
 
 import strop
 from strop.audit import speed
-from strop.kv import KIVI, HadamardRTN, KVarN
 from strop.decode import CaDDTree, DDTree
+from strop.kv import KIVI, HadamardRTN, KVarN
 from strop.kv.kvarn import varn
 
 pytestmark = [

@@ -42,7 +42,7 @@ def _continue(model, tokenizer, prompts, length):
 
 def test_names_and_did_you_mean(monkeypatch, tmp_path):
     assert set(NAMES) <= set(zoo_names())
-    with pytest.raises(StropError, match=r"did you mean 'coder'. known: coder, reasoner"):
+    with pytest.raises(StropError, match=r"did you mean 'coder'. known: coder, .*reasoner"):
         zoo_path("codr")
     monkeypatch.setenv("STROP_ZOO", str(tmp_path))
     assert zoo_root() == tmp_path and zoo_names() == []

@@ -31,12 +31,12 @@ class Speed:
     """Time to the first token."""
     step_s: float
     """Decode time per token after the first."""
-    kv_s: float
-    """Of that, the part that the cache at this context costs."""
+    kv_s: float | None
+    """Of that, the part that the cache at this context costs; None where it was not asked for."""
     ttft_ratio: Ratio
     step_ratio: Ratio
     kv_ratio: Ratio | None
-    """None where the baseline's own KV part is within its noise."""
+    """None where the baseline's own KV part is within its noise, or it was not asked for."""
 
 
 class Stamps(BaseStreamer):
@@ -72,9 +72,13 @@ def generation_times(lm: LanguageModel, rows: Sequence[Sequence[int]], steps: in
     return first - start, (first - start) / (1 + steps)
 
 
-def timings(lm: LanguageModel, rows: Sequence[Sequence[int]], steps: int) -> tuple[float, float, float]:
-    """Time to first token, time per further token, and its KV part, in seconds."""
+def timings(
+    lm: LanguageModel, rows: Sequence[Sequence[int]], steps: int, kv: bool
+) -> tuple[float, float, float]:
+    """Time to first token, time per further token, and its KV part, in seconds; 0 unless it is asked for."""
     first, step = generation_times(lm, rows, steps)
+    if not kv:
+        return first, step, 0.0
     _, bare = generation_times(lm, [row[:1] for row in rows], steps)
     return first, step, step - bare
 
@@ -82,25 +86,35 @@ def timings(lm: LanguageModel, rows: Sequence[Sequence[int]], steps: int) -> tup
 def speed(
     base: LanguageModel,
     other: LanguageModel,
-    rows: Sequence[Sequence[int]],
+    batches: Sequence[Sequence[Sequence[int]]],
     step: Callable[[float], None] = lambda share: None,
+    steps: int = STEPS,
+    kv: bool = True,
 ) -> Speed:
-    """Time both models on a batch of prompts (token ids); `step` hears the share done after each round."""
+    """Time both models on batches of prompts (token ids), which take turns.
+
+    What speculation gains depends on the text, so the interval covers that as well. `step` hears the share
+    done after each round; `steps` are the tokens timed behind each prompt's first.
+    """
     for lm in (base, other):
-        generation_times(lm, [row[:1] for row in rows], 2)
+        generation_times(lm, [row[:1] for row in batches[0]], 2)
     rounds: list[list[tuple[float, float, float]]] = []
     deadline = time.monotonic() + SECONDS
     while len(rounds) < LEAST_ROUNDS or (len(rounds) < MOST_ROUNDS and time.monotonic() < deadline):
         pair = ((0, base), (1, other))
         order = pair if len(rounds) % 2 == 0 else reversed(pair)
-        timed = {which: timings(lm, rows, STEPS) for which, lm in order}
+        rows = batches[len(rounds) % len(batches)]
+        timed = {which: timings(lm, rows, steps, kv) for which, lm in order}
         rounds.append([timed[0], timed[1]])
         step(min(len(rounds) / LEAST_ROUNDS, 1.0))
     times = np.array(rounds)
     kv_base = times[:, 0, 2]
-    measurable = np.median(kv_base) > 2 * kv_base.std() and np.median(kv_base) > 0
+    measurable = kv and np.median(kv_base) > 2 * kv_base.std() and np.median(kv_base) > 0
+    first, later, kv_s = (float(x) for x in np.median(times[:, 1], axis=0))
     return Speed(
-        *(float(x) for x in np.median(times[:, 1], axis=0)),
+        first,
+        later,
+        kv_s if kv else None,
         bootstrap(times[:, :, 0], _median_of_ratios),
         bootstrap(times[:, :, 1], _median_of_ratios),
         bootstrap(times[:, :, 2], _ratio_of_medians) if measurable else None,

@@ -61,6 +61,11 @@ def inspect(path: Path) -> Checkpoint:
     if not path.is_dir():
         raise StropError(f"no model folder at {path}: give a checkpoint folder or zoo:NAME")
     config = _config(path)
+    if "dflash_config" in config:
+        raise StropError(
+            f"{path} holds a drafter, which is no language model by itself: give the model that it drafts "
+            "for, and the drafter to --draft"
+        )
     shards = _shards(path)
     if not shards:
         if any(next(path.glob(pattern), None) for pattern in PICKLES):

@@ -109,6 +109,17 @@ def bundled(model: str, count: int = 24, seed: int = 0) -> Data:
     return _data("held-out Python source", [Row(text) for text in drawn], "text")
 
 
+def bundled_training(model: str, count: int = 300, seed: int = 0) -> Data:
+    """The other side of what `bundled` holds out: text that may be trained on."""
+    if model == "zoo:reasoner":
+        problems = reasoning.problems(count, seed, split="train")
+        rows = [Row(problem.prompt, problem.answer, problem.solution) for problem in problems]
+        return _data("reasoning problems to train on", rows, "reasoning")
+    texts = list(python_source.texts("train").values())
+    drawn = Random(seed).sample(texts, min(count, len(texts)))
+    return _data("Python source to train on", [Row(text) for text in drawn], "text")
+
+
 def _data(name: str, rows: list[Row], kind: Kind) -> Data:
     return Data(name, tuple(rows), kind, digest(kind, [asdict(row) for row in rows]))
 

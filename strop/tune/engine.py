@@ -7,8 +7,6 @@ rows go to SQLite as soon as they are complete, keyed by everything that a numbe
 import itertools
 import math
 import shlex
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -21,18 +19,18 @@ from strop.core.files import digest, require_folder
 from strop.core.machine import code_version, environment, machine
 from strop.core.method import Method
 from strop.core.store import ResultStore
+from strop.decode.base import Drafted
+from strop.decode.load import NGRAM, drafter_digest, drafters_for
 from strop.model import Model, load
-from strop.recipe import METHODS, Recipe, candidates, method_name
+from strop.recipe import METHODS, Recipe, candidates, method_name, named
 from strop.tasks.data import Data, bundled, read_data
+from strop.tune.chosen import export_chosen
 from strop.tune.frontier import Row, judge
 from strop.tune.measure import Bench, Report, describe
 from strop.tune.report import write_report
 from strop.tune.settings import Settings
 from strop.tune.workload import PROBLEMS, Workload, build
-from strop.weights.export import export
 
-EXPORTED = "strop.yaml"
-"""In an exported checkpoint, the recipe that made it."""
 SURVIVORS = 2
 """Candidates of a slot that go on to compositions."""
 COMPOSITIONS = 6
@@ -73,42 +71,14 @@ def tune(
         shlex.join(["strop", "generate", place, "--prompt", "def ", *settings.options(only=where)]),
         shlex.join(["strop", "measure", place, *data_words, *again]),
     ]
-    _export(base.with_(weights=recipe.weights), out / "checkpoint", result)
+    export_chosen(base.with_(weights=recipe.weights), out / "checkpoint", result)
     write_report(result, out / "report.html")
     return result
 
 
 def _absolute(name: str) -> str:
-    """A model's name that holds from any working folder."""
-    return name if name.startswith("zoo:") else str(Path(name).resolve())
-
-
-def _export(model: Model, folder: Path, result: dict[str, Any]) -> None:
-    """Write the chosen weights as a compressed-tensors folder, and tell the study how to serve it.
-
-    The folder of an earlier study goes, replaced once the new one is whole; any other stays as it is, and so
-    does one that holds the model itself.
-    """
-    old = (folder / EXPORTED).is_file() and folder.resolve() != model.checkpoint.path.resolve()
-    if model.recipe.weights is None:
-        if old:
-            shutil.rmtree(folder)
-        return
-    try:
-        if folder.exists() and not old:
-            raise StropError(f"{folder} is there already and was not written by a study")
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
-            fresh = export(model.model, model.tokenizer, Path(place) / "new")
-            model.recipe.save(fresh / EXPORTED)
-            if old:
-                shutil.rmtree(folder)
-            fresh.rename(folder)
-        note = "; vLLM's CPU build takes 4 bits only" if model.recipe.weights.bits == 8 else ""
-        result["commands"].append(f"vllm serve {shlex.quote(str(folder))}  # the weights slot alone{note}")
-    except (StropError, OSError) as error:
-        if old:
-            shutil.rmtree(folder, ignore_errors=True)
-        result["not_measured"].append({"what": "a checkpoint of the chosen weights", "why": str(error)})
+    """A model's or drafter's name that holds from any working folder."""
+    return name if name.startswith("zoo:") or name == NGRAM else str(Path(name).resolve())
 
 
 def measure(
@@ -138,7 +108,9 @@ class Study:
     ) -> None:
         self.base, self.data, self.work = base, data, work
         self.settings, self.resume, self.report = settings, resume, report
-        self.candidates = candidates(work.context)
+        given = [] if settings.draft is None else [_absolute(settings.draft)]
+        self.drafters = list(dict.fromkeys([*drafters_for(base.plain), *given]))
+        self.candidates = candidates(work.context, self.drafters)
         self.bench = Bench(base, work, settings.seed)
         self.store = ResultStore(out / "results.sqlite")
         self.fingerprint = base.checkpoint.fingerprint()
@@ -173,7 +145,7 @@ class Study:
                     yield slot, method
             for name in wanted or ():
                 if name in METHODS[slot] and name not in names:
-                    yield slot, METHODS[slot][name]()
+                    yield from ((slot, method) for method in named(slot, name, self.drafters))
 
     def _compositions(self, parts: dict[tuple[str, Method], Row]) -> list[dict[str, Method]]:
         """Products of the best few of each slot, by the product of their parts' scores."""
@@ -199,7 +171,8 @@ class Study:
     def _measure(self, recipe: Recipe, index: int, total: int) -> Row:
         label = recipe.label()
         names = self._names(recipe)
-        told = (self.settings.batch, self.work.context, self.settings.dtype, self.settings.device)
+        drafter = drafter_digest(recipe.decode.drafter) if isinstance(recipe.decode, Drafted) else None
+        told = (self.settings.batch, self.work.context, self.settings.dtype, self.settings.device, drafter)
         key = digest(names, told, environment())
         row = self.store.get(key) if self.resume else None
         if row is not None and row["status"] == "measured":

@@ -162,8 +162,8 @@ def worst_depth(row: Row) -> str:
 MEASURES = (
     Measure(
         "Memory", "baseline = 1", "memory.ratio", ratio,
-        "bytes of the weights and the KV cache at the stated batch and context, scales and zero "
-        "points included, over the same bytes of the baseline",
+        "bytes of the weights, the KV cache at the stated batch and context and a drafter, scales and "
+        "zero points included, over the same bytes of the baseline",
         lambda row: shown(row, "memory.total_bytes", size), brief=True,
     ),
     Measure(
@@ -226,7 +226,7 @@ MEASURES = (
         "KV time", "baseline = 1", "speed.kv_ratio", ratio,
         "the part of the time per token that the cache costs (the time at the stated context less "
         "the time at a context of one token), over the baseline's; left open where the baseline's "
-        "own part is within the noise",
+        "own part is within the noise, and for speculation, which has no such part",
         timing("kv"), paper=False,
     ),
     Measure(

@@ -5,8 +5,12 @@ from dataclasses import asdict, dataclass
 
 from strop.core.errors import StropError
 from strop.core.files import did_you_mean
+from strop.decode.base import Drafted
 from strop.recipe import METHODS
 from strop.tune.frontier import OBJECTIVES
+
+DRAFTED = {name for name, kind in METHODS["decode"].items() if issubclass(kind, Drafted)}
+"""Names of the methods that take a drafter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,8 @@ class Settings:
     """Start no measurement after this long."""
     methods: tuple[str, ...] | None = None
     """Names of the methods to try; None: all."""
+    draft: str | None = None
+    """A drafter to try besides the bundled ones."""
     device: str = "cpu"
     dtype: str = "auto"
     seed: int = 0
@@ -41,6 +47,8 @@ class Settings:
         for name in self.methods or ():
             if name not in known:
                 raise StropError(f"unknown method {name!r}; {did_you_mean(name, known)}")
+        if self.draft is not None and self.methods is not None and not DRAFTED & set(self.methods):
+            raise StropError("--draft has a drafter tried with caddtree: name caddtree in --methods as well")
 
     def options(self, only: Container[str] | None = None) -> list[str]:
         """The words of a command line that say what differs from the defaults."""

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -12,7 +13,7 @@ from strop.audit.quality import BLOCK
 from strop.core.errors import StropError
 from strop.model import Model
 from strop.tasks.base import Example, is_right
-from strop.tasks.data import Data, Kind, Row
+from strop.tasks.data import Data, Kind, Row, bundled_training, read_data
 from strop.tasks.reasoning import final_answer
 from strop.tasks.recall import first_digits, passkeys
 
@@ -35,6 +36,8 @@ PROBLEMS = 400
 ANSWER_TOKENS = 256
 """New tokens that an answer may take whose way there is unknown."""
 KEYS_PER_DEPTH = 3
+PLACES = 8
+"""Places of the texts at which speed is measured."""
 LEAST_SCORED = BLOCK + 2
 """Tokens of a single text below which it makes one block, which bounds nothing."""
 SHORTEST = 16
@@ -63,8 +66,8 @@ class Workload:
     recall: tuple[tuple[float, Example], ...]
     context: int
     """Tokens in the cache at which speed and memory are stated."""
-    speed_rows: tuple[tuple[int, ...], ...]
-    """A batch of prompts of `context` tokens."""
+    speed_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    """Batches of prompts of `context` tokens, from different places of the texts."""
     extract: Callable[[str], str | None]
     """Finds the answer in a completion."""
     p95_tokens: int
@@ -77,10 +80,7 @@ def build(model: Model, data: Data, context: int | None, batch: int, seed: int) 
     text is long enough, or when the context exceeds the data or what the model was made for.
     """
     rows = _sample(data.rows, seed)
-    full = [model.encode(row.prompt) + _answer_ids(model, row.solution or row.answer) for row in rows]
-    full = [ids for ids in full if len(ids) >= SHORTEST]
-    if not full:
-        raise StropError(f"no text in {data.name} has {SHORTEST} tokens: give longer or more text")
+    full = _encoded(model, data, rows)
     p95 = int(np.percentile([len(ids) for ids in full], 95))
     room = model.context_limit - NEW_TOKENS
     if context is not None and context > room:
@@ -103,10 +103,16 @@ def build(model: Model, data: Data, context: int | None, batch: int, seed: int) 
         problems=_problems(model, rows),
         recall=_recall(model, data.kind, rows, context, seed),
         context=context,
-        speed_rows=tuple(_repeat(texts, context, start) for start in range(batch)),
+        speed_batches=_speed_batches(texts, context, batch),
         extract=final_answer if data.kind == "reasoning" else str.strip,
         p95_tokens=p95,
     )
+
+
+def training_texts(model: Model, file: Path | None, seed: int = 0) -> list[list[int]]:
+    """The texts of a user's file as one model reads them, answers included; else bundled ones to train on."""
+    data = read_data(file) if file else bundled_training(str(model.recipe.model), seed=seed)
+    return _encoded(model, data, _sample(data.rows, seed))
 
 
 def answered(extract: Callable[[str], str | None], answer: str, completion: str) -> bool:
@@ -123,6 +129,15 @@ def answered(extract: Callable[[str], str | None], answer: str, completion: str)
 def recalled(example: Example, completion: str) -> bool:
     """Whether a completion starts with the planted key."""
     return is_right(example, completion, first_digits)
+
+
+def _encoded(model: Model, data: Data, rows: Sequence[Row]) -> list[list[int]]:
+    """Token ids of rows with their answers, without the shortest."""
+    full = [model.encode(row.prompt) + _answer_ids(model, row.solution or row.answer) for row in rows]
+    full = [ids for ids in full if len(ids) >= SHORTEST]
+    if not full:
+        raise StropError(f"no text in {data.name} has {SHORTEST} tokens: give longer or more text")
+    return full
 
 
 def _answer_ids(model: Model, text: str | None) -> list[int]:
@@ -205,10 +220,12 @@ def _recall(
     return tuple(passkeys(filler, KEYS_PER_DEPTH, length=length, count_tokens=count_tokens, seed=seed))
 
 
-def _repeat(texts: Sequence[Sequence[int]], length: int, start: int) -> tuple[int, ...]:
-    """`length` token ids from the texts, from text `start` on, round and round."""
-    ids: list[int] = []
-    while len(ids) < length:
-        ids += texts[start % len(texts)]
-        start += 1
-    return tuple(ids[:length])
+def _speed_batches(
+    texts: Sequence[Sequence[int]], context: int, batch: int
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Rows of `context` tokens that start all over the texts, which are read round and round."""
+    joined = [token for ids in texts for token in ids]
+    count = PLACES * batch
+    starts = [number * len(joined) // count for number in range(count)]
+    rows = [tuple(islice(cycle(joined), start, start + context)) for start in starts]
+    return tuple(tuple(rows[place::PLACES]) for place in range(PLACES))

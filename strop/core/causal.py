@@ -1,0 +1,75 @@
+"""A causal language model from a folder: what transformers would load wrong, or in part, is refused."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from strop.core.checkpoint import Checkpoint
+from strop.core.errors import StropError
+
+FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+"""No network, and no code that a checkpoint brings along."""
+
+
+def load_causal(
+    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device
+) -> PreTrainedModel:
+    """The model, ready to be run. Raises StropError unless it is whole and finite."""
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path,
+            **FROM_FOLDER,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors and transformers raise many kinds for a broken file
+        raise not_loaded("model", checkpoint.path, error) from error
+    model, loaded = found
+    _require_whole(model, loaded, checkpoint.path)
+    _require_finite(model, checkpoint.path)
+    return model.eval().to(device)
+
+
+def not_loaded(part: str, path: Path, error: Exception) -> StropError:
+    """What to raise where transformers cannot load a part of a folder."""
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return StropError(f"transformers cannot load the {part} in {path} ({reason}): restore the original files")
+
+
+def require_causal(checkpoint: Checkpoint) -> None:
+    """Raise StropError unless the config is of a causal language model."""
+    kind = checkpoint.config["model_type"]
+    classes = [str(name) for name in checkpoint.config.get("architectures") or []]
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
+    if not known or (classes and not any(name in known or "ForCausalLM" in name for name in classes)):
+        raise StropError(
+            f"{checkpoint.path} holds a model of class {', '.join(classes) or kind}, not a causal language "
+            "model that transformers runs: give a decoder such as Qwen3, Llama, Mistral, Gemma or GPT-2"
+        )
+
+
+def _require_whole(model: PreTrainedModel, loaded: dict[str, Any], path: Path) -> None:
+    """transformers draws weights that are missing or misshapen at random, and says so in a log."""
+    for name, stored, wanted in loaded["mismatched_keys"]:
+        raise StropError(
+            f"{path}: weight {name} is {tuple(stored)} in the file and {tuple(wanted)} by config.json: "
+            "restore the original files"
+        )
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise StropError(
+            f"{path} lacks {len(missing)} of the weights of a {type(model).__name__}, first {missing[0]}: "
+            "is it whole, and a causal language model?"
+        )
+
+
+def _require_finite(model: PreTrainedModel, path: Path) -> None:
+    for name, tensor in model.named_parameters():
+        if not math.isfinite(tensor.detach().float().sum().item()) and not tensor.isfinite().all():
+            raise StropError(f"{path}: weight {name} holds NaN or infinity: download it again")
