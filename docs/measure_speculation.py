@@ -12,7 +12,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,11 @@ from transformers import PreTrainedModel
 
 import strop
 from strop.audit.base import bootstrap
+from strop.claims.stock import TransformersDFlash
 from strop.core.files import atomic
 from strop.core.machine import machine
 from strop.core.sampling import KeyedSampler
 from strop.decode import Chain, FixedBudget, load_drafter, speculative
-from strop.decode.dflash import ContextKV, DFlashDrafter
 from strop.decode.stats import Stats
 from strop.kv import KVarN
 from strop.tasks import python_source
@@ -37,37 +36,6 @@ PLAIN = "transformers generate"
 BUDGETS = (4, 8, 16, 32, 64)
 DRAFTERS = ("ngram", "zoo:coder-dflash", "zoo:coder-treeflash")
 Options = dict[str, Any]
-
-
-class TransformersDFlash:
-    """The drafter's network as transformers' DFlash loop calls it."""
-
-    def __init__(self, drafter: DFlashDrafter) -> None:
-        config = drafter.net.config
-        self.net, self.device = drafter.net, drafter.head.weight.device
-        config.target_layer_ids = config.dflash_config["target_layer_ids"]
-        config.mask_token_id = config.dflash_config["mask_token_id"]
-        self.config = config
-        self.generation_config = SimpleNamespace(is_assistant=True)
-
-    def __call__(
-        self,
-        noise_embeds: Tensor,
-        context_hidden_states: Tensor,
-        position_ids: Tensor,
-        past_key_values: Any,
-        **_: Any,
-    ) -> SimpleNamespace:
-        """Denoise a block; the cache that transformers brings is kept at the length it expects."""
-        if past_key_values.get_seq_length() == 0:
-            self.past = [ContextKV() for _ in self.net.layers]
-        size = context_hidden_states.shape[1] + noise_embeds.shape[1]
-        for layer in range(len(self.net.layers)):
-            past_key_values.update(
-                noise_embeds.new_empty(1, 1, size, 1), noise_embeds.new_empty(1, 1, size, 1), layer
-            )
-        h = self.net(noise_embeds, context_hidden_states, position_ids, self.past)
-        return SimpleNamespace(last_hidden_state=self.net.norm(h))
 
 
 def ways(model: PreTrainedModel, temperature: int) -> dict[str, Options]:
