@@ -8,21 +8,27 @@ import torch
 
 from strop.claims import PAPERS, caddtree, treeflash
 from strop.claims.base import VERDICTS, Table
-from strop.claims.caddtree import predicted
+from strop.claims.caddtree import predicted, speed_claims
 from strop.claims.caddtree_replays import adapts, against, insensitive, matches
 from strop.claims.caddtree_study import (
     AWARE,
     CPU,
     CURVES,
     GLOBAL,
+    LOOP,
     MISJUDGED,
+    NGRAM_AWARE,
+    SHIPPED,
     curve,
     ddtree,
     policies,
     replay_study,
+    speed_study,
 )
+from strop.claims.caddtree_study import CHAIN as CHAIN_OF_DFLASH
 from strop.claims.codec_bed import Progress
 from strop.claims.draft_bed import PLAIN, TREEFLASH, Bed, Draws, Racer, Scale, decode, faster, lay, race
+from strop.claims.stock import GREEDY, STOCK
 from strop.claims.treeflash_study import (
     CHAIN,
     CORRECTED,
@@ -34,7 +40,9 @@ from strop.claims.treeflash_study import (
     tree_study,
 )
 from strop.core.sampling import KeyedSampler
+from strop.decode import Throughput
 from strop.decode.cost import CostModel
+from strop.decode.rest import Resting
 
 TINY = Scale(
     name="tiny",
@@ -146,6 +154,40 @@ def test_ways_that_write_something_else_stop_the_race(bed):
     racers = [Racer(PLAIN), Racer("penalised", {"repetition_penalty": 9.0})]
     with pytest.raises(RuntimeError, match="control failed: only"):
         race(bed, racers, dataclasses.replace(TINY, new=24), PLAINLY)
+
+
+def test_the_race_has_the_shipped_rule_and_all_that_transformers_offers(measured):
+    """Where all write one text: transformers' assisted ways draw their own tokens where decoding samples."""
+    table = measured[0][caddtree]["speed"]
+    names = {t: {row["method"] for row in table.where(temperature=t)} for t in (0, 1)}
+    assert {SHIPPED, AWARE, *STOCK} <= names[0] and names[0] - names[1] == set(GREEDY)
+    assert all(row["tokens"] == [TINY.new - 1] * TINY.files for row in table.rows)
+
+
+def test_the_shipped_rule_rests_and_the_papers_does_not(bed, monkeypatch):
+    monkeypatch.setattr(Bed, "cost", cost)
+    monkeypatch.setattr("strop.claims.caddtree_study.race", lambda bed, racers, scale, progress: racers)
+    rules = {
+        racer.name: racer.options["custom_generate"].tree.rule
+        for racer in speed_study(bed, TINY, PLAINLY)
+        if racer.name in (AWARE, SHIPPED)
+    }
+    assert type(rules[AWARE]) is Throughput
+    assert type(rules[SHIPPED]) is Resting and type(rules[SHIPPED].rule) is Throughput
+
+
+@pytest.mark.parametrize(("faster", "slower"), [(AWARE, SHIPPED), (SHIPPED, AWARE)])
+def test_plain_decoding_and_transformers_are_rivals_of_what_ships(faster, slower):
+    """The paper's own claims are judged by the paper's rule."""
+    others = [*STOCK, GLOBAL, LOOP, CHAIN_OF_DFLASH, NGRAM_AWARE, *map(ddtree, TINY.fixed)]
+    seconds = {**dict.fromkeys(others, 2.0), faster: 1.0, slower: 4.0}
+    rows = [
+        timed(way, *[s] * 3, temperature=t, tokens_per_s=1.0) for way, s in seconds.items() for t in (0, 1)
+    ]
+    found = speed_claims(TINY, Table(rows, 1.0))
+    papers, ours = ("reproduced", "not here") if faster == AWARE else ("not here", "reproduced")
+    assert [claim.verdict for claim in found] == [papers, papers, ours, ours]
+    assert all(SHIPPED in claim.measured and SHIPPED in claim.reason for claim in found[2:])
 
 
 def test_a_rule_that_misses_the_highest_stops_the_experiment(bed, monkeypatch):

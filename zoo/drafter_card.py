@@ -29,13 +29,18 @@ not done to the end; another device ends in other weights of like quality.
 
 ## What it knows
 
-On 256 held-out rows, 16 blocks in each, by slot of the block: divergence from the coder's distribution, total
-variation distance, and the probability that the coder gives to the likeliest token and to the four likeliest
-tokens of the drafter. The true tokens stand before every slot.
+On {measured[rows]:,} held-out rows of {measured[width]:,} tokens that the coder continued,
+{measured[blocks]} blocks drawn in each ({measured[device]}), by slot of the block:
+divergence from the coder's distribution, total variation distance, and coverage, the probability that the
+coder gives to the likeliest token and to the four likeliest tokens of the drafter. The true tokens stand
+before every slot.
 
 {measures}
-{reach}
+Tokens that a round accepts, counted along the same texts from places all over them: what a chain of the
+likeliest tokens foresees, the best-first tree of {measured[nodes]} nodes, and all paths through the four
+likeliest of each slot. Blocks that the end of a row cuts short are left out.
 
+{accepted}
 ## What it is not for
 
 Any model but `coder`, and contexts beyond 1,024 tokens, on which it was not trained. Whatever it drafts, what
@@ -47,17 +52,16 @@ def card(
     name: str, about: str, architecture: str, loss: str, record: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> str:
     """The card of one drafter."""
+    texts = metrics["texts"]
     rows = [
-        (half, slot + 1, *(f"{part[slot]:.2f}" for part in (m["kl"], m["tvd"], m["top"]["1"], m["top"]["4"])))
-        for half, m in metrics.items()
+        (kind, slot + 1, *(f"{part[slot]:.2f}" for part in (m["kl"], m["tvd"], m["top"]["1"], m["top"]["4"])))
+        for kind, m in texts.items()
         for slot in range(len(m["kl"]))
     ]
-    reach = " ".join(
-        f"{half.capitalize()} text: a chain of the likeliest tokens gets {m['chain']:.2f} accepted, all "
-        f"paths through the four likeliest of each slot {m['tree']['4']:.2f}."
-        for half, m in metrics.items()
-    )
-    head = ("text", "slot", "KL, nats", "TVD", "top 1", "top 4")
+    accepted = [
+        (kind, m["blocks"], *(f"{n:.2f}" for n in (m["accepted"]["1"], m["tree"], m["accepted"]["4"])))
+        for kind, m in texts.items()
+    ]
     return _CARD.format(
         name=name,
         about=about,
@@ -68,8 +72,9 @@ def card(
         megabytes=2 * record["parameters"] / 1e6,
         rows=record["rows"],
         tokens=record["tokens written by the target"],
-        measures=table(head, rows),
-        reach=reach,
+        measured=metrics,
+        measures=table(("text", "slot", "KL, nats", "TVD", "top 1", "top 4"), rows),
+        accepted=table(("text", "blocks", "chain", "tree", "all paths"), accepted),
         **{key: record["plan"][key] for key in ("anchors", "batch", "steps", "lr", "gamma")},
         **{key: record[key] for key in ("minutes", "device", "torch")},
     )

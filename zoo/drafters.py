@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,26 +12,29 @@ from typing import Any
 
 import torch
 from drafter_card import card
-from family import parse, processor, write
+from family import once, parse, processor, write
 from rich.progress import Progress
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from strop.decode.checkpoint import new_config, save_drafter
+from strop.decode.checkpoint import new_config, read_drafter, save_drafter
 from strop.decode.corpus import Rows, Shape, regenerate
-from strop.decode.coverage import coverage
+from strop.decode.coverage import CANDIDATES, NODES, coverage
 from strop.decode.dflash import DFlashNet
+from strop.decode.fit import new_net
 from strop.decode.training import Blockwise, Loss, Plan, Trainer
-from strop.decode.treeflash import Approximator
+from strop.decode.treeflash import Approximator, TreeFlashDrafter
 from strop.tasks import python_source
 
 CODER = Path(__file__).parent / "coder"
 BLOCK, LAYERS, TAPS = 8, 2, [1, 3, 5]
-ROWS, WIDTH, HELD_OUT = 16384, 1024, 256
+ROWS, WIDTH = 16384, 1024
 GAMMA = 4.0
 ANCHORS = 64
-CANDIDATES = 8
-"""M: tokens of a slot for which TreeFlash tabulates the next one."""
+MEASURED = Shape(rows=64, width=512, batch=32)
+"""Held-out rows that are measured on, few enough for a processor."""
+BLOCKS = 16
+"""Blocks of each."""
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -46,72 +50,86 @@ def target(args: argparse.Namespace) -> tuple[PreTrainedModel, Any]:
     return model, AutoTokenizer.from_pretrained(CODER)
 
 
-def rows(model: PreTrainedModel, tokenizer: Any, args: argparse.Namespace, split: str) -> Rows:
-    """Rows that the coder continued, from one side of its corpus; kept in the folder for the next script."""
+def rows(model: PreTrainedModel, tokenizer: Any, args: argparse.Namespace, split: str, shape: Shape) -> Rows:
+    """Rows that the coder continued, from one side of its corpus; kept beside the drafters for both."""
     texts = list(python_source.texts(split, args.stdlib).values())
     documents = tokenizer(texts, verbose=False)["input_ids"]
-    count = ROWS if split == "train" else HELD_OUT
-    batch = args.batch if split == "train" else count // 2
-    shape = Shape(rows=count, width=WIDTH, batch=batch, seed=args.seed)
+    shape = replace(shape, seed=args.seed)
     with Progress() as bar, torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
         task = bar.add_task(f"{split} rows", total=1.0)
-        file = args.out.parent / f"coder-rows-{split}.safetensors"
+        folder = args.out.parent / "coder-rows"
         return regenerate(
-            model, documents, shape, file, lambda what, share: bar.update(task, completed=share)
+            model, documents, shape, folder, lambda what, share: bar.update(task, completed=share)
         )
+
+
+def finished(out: Path) -> bool:
+    """Whether a folder has its record, and so is not trained again."""
+    return (out / "training.json").is_file()
 
 
 def network(model: PreTrainedModel, pad: int, seed: int) -> DFlashNet:
     """A freshly drawn drafter; the same seed gives the same weights on every device."""
-    torch.manual_seed(seed)
-    net = DFlashNet(new_config(model, LAYERS, BLOCK, mask_token_id=pad, taps=TAPS))
-    for parameter in net.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-    return net.to(model.device)
+    config = new_config(model, LAYERS, BLOCK, mask_token_id=pad, taps=TAPS)
+    return new_net(config, seed).to(model.device)
 
 
 def train(
-    trunk: Blockwise, trained: nn.Module, loss: Loss, data: Rows, plan: Plan, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Train to the plan's end and return the run's record."""
-    plan = replace(plan, seed=args.seed)
-    trainer = Trainer(trunk, trained, loss, data, plan, args.out)
+    trunk: Blockwise,
+    approximator: Approximator | None,
+    loss: Loss,
+    tokenizer: Any,
+    plan: Plan,
+    args: argparse.Namespace,
+) -> None:
+    """Train the approximator, or else the network, to the plan's end, and save the drafter and its record."""
+    data = rows(trunk.target, tokenizer, args, "train", Shape(ROWS, WIDTH, args.batch))
+    plan, work = replace(plan, seed=args.seed), args.out / "work"
+    trainer = Trainer(trunk, trunk.net if approximator is None else approximator, loss, data, plan, work)
     with Progress() as bar:
         task = bar.add_task("training", total=1.0)
         trainer.run(lambda what, share: bar.update(task, description=what, completed=share))
-    cuda = args.device == "cuda"
-    return {
+    save_drafter(args.out, trunk.net, approximator, CANDIDATES)
+    parts: list[nn.Module] = [trunk.net] if approximator is None else [trunk.net, approximator]
+    record = {
         "plan": asdict(plan),
         "rows": len(data),
         "tokens written by the target": int((data.end - data.start).sum()),
         "minutes": round(trainer.seconds / 60, 1),
-        "device": torch.cuda.get_device_name() if cuda else processor(),
+        "device": device(args),
         "torch": torch.__version__,
         "note": args.note,
         "log": trainer.log[:: max(len(trainer.log) // 40, 1)],
+        "parameters": sum(parameter.numel() for part in parts for parameter in part.parameters()),
+    }
+    write(args.out / "training.json", json.dumps(record, indent=1) + "\n")
+    shutil.rmtree(work)
+
+
+def finish(model: PreTrainedModel, tokenizer: Any, args: argparse.Namespace, told: Mapping[str, str]) -> None:
+    """Measure the saved drafter on held-out text where `metrics.json` is missing, and write its card."""
+    metrics = once(args.out / "metrics.json", lambda: measure(model, tokenizer, args))
+    record = json.loads((args.out / "training.json").read_text(encoding="utf-8"))
+    write(args.out / "card.md", card(args.out.name, record=record, metrics=metrics, **told))
+
+
+def measure(model: PreTrainedModel, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What the drafter says of held-out rows, and on how many."""
+    drafter = read_drafter(args.out, model)
+    approximator = drafter.approximator if isinstance(drafter, TreeFlashDrafter) else None
+    held_out = rows(model, tokenizer, args, "held_out", MEASURED)
+    found = coverage(Blockwise(model, drafter.net, GAMMA), held_out, BLOCKS, approximator)
+    return {
+        "rows": len(held_out),
+        "width": MEASURED.width,
+        "blocks": BLOCKS,
+        "nodes": NODES,
+        "device": device(args),
+        "torch": torch.__version__,
+        "texts": {kind: asdict(part) for kind, part in found.items()},
     }
 
 
-def finish(
-    trunk: Blockwise,
-    approximator: Approximator | None,
-    held_out: Rows,
-    record: dict[str, Any],
-    out: Path,
-    told: Mapping[str, str],
-) -> None:
-    """Save the drafter with its record, held-out measures and card, and drop what training kept."""
-    save_drafter(out, trunk.net, approximator, CANDIDATES)
-    parts = [trunk.net] if approximator is None else [trunk.net, approximator]
-    record["parameters"] = sum(parameter.numel() for part in parts for parameter in part.parameters())
-    write(out / "training.json", json.dumps(record, indent=1) + "\n")
-    greedy = torch.arange(len(held_out)) < len(held_out) // 2
-    halves = {"greedy": greedy, "sampled": ~greedy}
-    found = {}
-    for name, half in halves.items():
-        part = Rows(held_out.ids[half], held_out.start[half], held_out.end[half])
-        found[name] = asdict(coverage(trunk, part, 16, approximator))
-    write(out / "metrics.json", json.dumps(found, indent=1) + "\n")
-    write(out / "card.md", card(out.name, record=record, metrics=json.loads(json.dumps(found)), **told))
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+def device(args: argparse.Namespace) -> str:
+    """What the machine that trains or measures calls itself."""
+    return torch.cuda.get_device_name() if args.device == "cuda" else processor()

@@ -1,11 +1,13 @@
 """Train `coder-dflash`: a block drafter for the bundled coder, on text that the coder wrote itself.
 
 python zoo/train_coder_dflash.py --out zoo/coder-dflash [--device cuda] [--threads 2] [--seed 0]
+
+A folder with `training.json` is not trained again; without `metrics.json` it is measured.
 """
 
 from __future__ import annotations
 
-from drafters import ANCHORS, GAMMA, arguments, finish, network, rows, target, train
+from drafters import ANCHORS, GAMMA, arguments, finish, finished, network, target, train
 
 from strop.decode.training import Blockwise, Plan, dflash_loss
 
@@ -20,13 +22,13 @@ TOLD = {
 
 
 def main() -> None:
-    """Train, measure on held-out text, save."""
+    """Train, save, measure on held-out text."""
     args = arguments(__doc__)
     model, tokenizer = target(args)
-    data, held_out = (rows(model, tokenizer, args, split) for split in ("train", "held_out"))
-    trunk = Blockwise(model, network(model, tokenizer.pad_token_id, args.seed), GAMMA)
-    record = train(trunk, trunk.net, dflash_loss(trunk), data, PLAN, args)
-    finish(trunk, None, held_out, record, args.out, TOLD)
+    if not finished(args.out):
+        trunk = Blockwise(model, network(model, tokenizer.pad_token_id, args.seed), GAMMA)
+        train(trunk, None, dflash_loss(trunk), tokenizer, PLAN, args)
+    finish(model, tokenizer, args, TOLD)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,17 @@
 
     python zoo/train_coder_treeflash.py --out zoo/coder-treeflash [--device cuda] [--threads 2] [--seed 0]
 
-The backbone is read from the folder `coder-dflash` beside the one that is written.
+The backbone is read from the folder `coder-dflash` beside the one that is written. A
+folder with `training.json` is not trained again; without `metrics.json` it is measured.
 """
 
 from __future__ import annotations
 
-import torch
-from drafters import ANCHORS, GAMMA, arguments, finish, rows, target, train
+from drafters import ANCHORS, GAMMA, arguments, finish, finished, target, train
 
 from strop.decode.checkpoint import read_drafter
+from strop.decode.fit import new_approximator
 from strop.decode.training import Blockwise, Plan, treeflash_loss
-from strop.decode.treeflash import Approximator
 
 PLAN = Plan(steps=3000, batch=32, anchors=ANCHORS, lr=1e-3, gamma=GAMMA)
 TOLD = {
@@ -25,17 +25,15 @@ TOLD = {
 
 
 def main() -> None:
-    """Train, measure on held-out text, save."""
+    """Train, save, measure on held-out text."""
     args = arguments(__doc__)
     model, tokenizer = target(args)
-    data, held_out = (rows(model, tokenizer, args, split) for split in ("train", "held_out"))
-    net = read_drafter(args.out.parent / "coder-dflash", model).net.requires_grad_(False)
-    trunk = Blockwise(model, net, GAMMA)
-    torch.manual_seed(args.seed)
-    approximator = Approximator(net.config).to(model.device)
-    loss = treeflash_loss(trunk, approximator, kept=0.0)
-    record = train(trunk, approximator, loss, data, PLAN, args)
-    finish(trunk, approximator, held_out, record, args.out, TOLD)
+    if not finished(args.out):
+        net = read_drafter(args.out.parent / "coder-dflash", model).net.requires_grad_(False)
+        trunk = Blockwise(model, net, GAMMA)
+        approximator = new_approximator(net.config, args.seed).to(model.device)
+        train(trunk, approximator, treeflash_loss(trunk, approximator), tokenizer, PLAN, args)
+    finish(model, tokenizer, args, TOLD)
 
 
 if __name__ == "__main__":

@@ -11,17 +11,18 @@ import numpy as np
 
 from strop.claims.base import Row
 from strop.claims.codec_bed import Progress
-from strop.claims.draft_bed import DFLASH, NGRAM, PLAIN, Bed, Racer, Recording, Scale, decode, race
+from strop.claims.draft_bed import DFLASH, NGRAM, Bed, Racer, Recording, Scale, decode, race
+from strop.claims.stock import GREEDY, stock
 from strop.decode import Chain, FixedBudget, Grown, Throughput, speculative
 from strop.decode.cost import CostModel
+from strop.decode.rest import Resting
 from strop.decode.simulate import Trace, expected, replay
 from strop.decode.stop import StopRule
 
 AWARE, GLOBAL, FREE = "CaDDTree", "CaDDTree, global price", "constant cost"
 LOOP, CHAIN, NGRAM_AWARE = "plain, same loop", "DFlash chain", "CaDDTree, n-grams"
-LOOK_UP = {f"prompt lookup {n}": n for n in (3, 10)}
-STOCK = (PLAIN, *LOOK_UP)
-"""What transformers offers without a drafter."""
+SHIPPED = "CaDDTree that rests"
+"""What this package decodes with: the paper's rule, and plain steps where drafts did not pay."""
 
 CPU = "CPU"
 CURVES: dict[str, tuple[Mapping[int, float], float, tuple[int, ...]]] = {
@@ -48,19 +49,22 @@ MISJUDGED = {"C_d / C_v halved": 0.5, "C_d / C_v doubled": 2.0}
 
 
 def speed_study(bed: Bed, scale: Scale, progress: Progress) -> list[Row]:
-    """Everything that decodes without a second language model, on the same texts."""
+    """Everything that decodes without a second language model, on the same texts, transformers' ways too."""
     drafter, ngram = bed.drafter(DFLASH), bed.drafter(NGRAM)
     ways = {
         LOOP: (ngram, FixedBudget(0)),
         CHAIN: (drafter, Chain()),
         **{ddtree(budget): (drafter, FixedBudget(budget)) for budget in scale.fixed},
         AWARE: (drafter, Throughput(bed.cost(DFLASH, progress))),
+        SHIPPED: (drafter, Resting(Throughput(bed.cost(DFLASH, progress)))),
         GLOBAL: (drafter, Throughput(bed.cost(DFLASH, progress), price="global")),
         NGRAM_AWARE: (ngram, Throughput(bed.cost(NGRAM, progress))),
     }
     racers = [
-        Racer(PLAIN),
-        *(Racer(name, {"prompt_lookup_num_tokens": tokens}) for name, tokens in LOOK_UP.items()),
+        *(
+            Racer(name, options, (0,) if name in GREEDY else (0, 1))
+            for name, options in stock(drafter).items()
+        ),
         *(Racer(name, {"custom_generate": speculative(*way)}) for name, way in ways.items()),
     ]
     return race(bed, racers, scale, progress)

@@ -112,6 +112,8 @@ class Racer:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    temperatures: tuple[int, ...] = (0, 1)
+    """Those at which it writes what all others write, and so is raced."""
 
 
 class Draws(LogitsProcessor):
@@ -135,14 +137,15 @@ def race(bed: Bed, racers: Sequence[Racer], scale: Scale, progress: Progress) ->
     """
     rows = []
     for temperature in (0, 1):
-        found: dict[str, list[tuple[float, list[int]]]] = {racer.name: [] for racer in racers}
-        for racer in racers:
+        running = [racer for racer in racers if temperature in racer.temperatures]
+        found: dict[str, list[tuple[float, list[int]]]] = {racer.name: [] for racer in running}
+        for racer in running:
             decode(bed.model, bed.prompts[:1], racer, 4, [])
         for index, prompt in enumerate(bed.prompts):
             progress(f"decoding at temperature {temperature}: text {index + 1}")
             draws = [Draws(index, scale.prompt, scale.new + AHEAD, bed.model)] if temperature else []
             alone, _ = decode(bed.model, prompt[None], Racer("one token"), 1, draws)
-            for racer in racers if index % 2 == 0 else racers[::-1]:
+            for racer in running if index % 2 == 0 else running[::-1]:
                 seconds, text = decode(bed.model, prompt[None], racer, scale.new, draws)
                 found[racer.name].append((max(seconds - alone, 1e-9), text))
         _require_alike(found)

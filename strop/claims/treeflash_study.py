@@ -45,12 +45,11 @@ def written(bed: Bed, scale: Scale) -> dict[str, Rows]:
     """Held-out texts that the target continued itself, greedily and at temperature 1, a quarter at least."""
     batch = SPARE * scale.rows
     with tempfile.TemporaryDirectory() as folder:
-        file, shape = Path(folder) / "rows.safetensors", Shape(rows=2 * batch, width=scale.row, batch=batch)
-        rows = regenerate(bed.model, bed.documents, shape, file, lambda what, share: None)
-    found = {}
-    for kind, half in zip(KINDS, (slice(0, batch), slice(batch, None)), strict=True):
-        index = torch.arange(2 * batch)[half]
-        index = index[(rows.end - rows.start)[half] >= scale.row // 4][: scale.rows]
+        shape = Shape(rows=2 * batch, width=scale.row, batch=batch)
+        rows = regenerate(bed.model, bed.documents, shape, Path(folder), lambda what, share: None)
+    found, long = {}, rows.end - rows.start >= scale.row // 4
+    for kind, chosen in zip(KINDS, (rows.greedy, ~rows.greedy), strict=True):
+        index = (chosen & long).nonzero()[: scale.rows, 0]
         if len(index) < scale.rows:
             raise StropError(f"the target ended {kind} texts early: {len(index)} of {scale.rows} are left")
         found[kind] = rows.at(index, bed.model.device)
@@ -73,7 +72,7 @@ def slot_study(bed: Bed, scale: Scale, progress: Progress) -> list[Row]:
                     approximator,
                     i,
                     RANKS,
-                )
+                )[kind]
                 for i in range(len(texts))
             ]
             tops = {f"top {k}": [text.top[k] for text in found] for k in RANKS}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import accumulate, islice, takewhile
 from pathlib import Path
 from random import Random
 
@@ -24,6 +25,13 @@ from strop.core.files import atomic, digest
 from strop.decode.checkpoint import fingerprint
 
 Report = Callable[[str, float], None]
+Document = Sequence[int]
+HELD_OUT = 0.05
+"""Share of the texts that is measured on."""
+DOCUMENTS, LARGEST = 20, 0.25
+"""Texts from which whole ones are held out, where none has more than a share of all tokens."""
+PIECE, SHORTEST = 1024, 128
+"""Tokens of a piece of text, at most and, where there is little text, at least."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +70,39 @@ class Rows:
         return Rows(*(part[index.to(part.device)].to(device) for part in parts))
 
 
+def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
+    """Pieces of the documents to train on, and a twentieth of the tokens to measure on.
+
+    What is held out is drawn by the hash of its tokens: whole documents where there are many of like size,
+    else pieces, whose neighbours are trained on. Raises StropError where there are less than two of these.
+    """
+    total = sum(map(len, documents))
+    size = min(max(total // 20, SHORTEST), PIECE)
+    whole = len(documents) >= DOCUMENTS and max(map(len, documents)) <= LARGEST * total
+    units = documents if whole else _pieces(documents, size)
+    drawn = sorted({tuple(ids) for ids in units}, key=document_hash)
+    before = accumulate(map(len, drawn), initial=0)
+    count = sum(
+        1 for _ in takewhile(lambda tokens: tokens < HELD_OUT * total, islice(before, len(drawn) - 1))
+    )
+    held_out = set(_pieces(drawn[:count], size))
+    train = set(_pieces(drawn[count:], size)) - held_out
+    if not (train and held_out):
+        raise StropError(f"the data has {total} tokens, too few to train on: give more text")
+    return sorted(train, key=document_hash), sorted(held_out, key=document_hash)
+
+
+def _pieces(documents: Sequence[Document], size: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[start : start + size]) for ids in documents for start in range(0, len(ids), size)]
+
+
+def document_hash(document: Document) -> str:
+    """16 hex digits that name a document by its tokens."""
+    return blake2b(repr(tuple(document)).encode(), digest_size=8).hexdigest()
+
+
 def regenerate(
-    target: PreTrainedModel, documents: Sequence[Sequence[int]], shape: Shape, folder: Path, report: Report
+    target: PreTrainedModel, documents: Sequence[Document], shape: Shape, folder: Path, report: Report
 ) -> Rows:
     """Rows that the target continued, kept in `folder`, one file a batch; those that are there are read.
 
@@ -87,17 +126,15 @@ def regenerate(
     return Rows(*(torch.cat(part)[: shape.rows] for part in zip(*parts, strict=True)))
 
 
-def _name(target: PreTrainedModel, documents: Sequence[Sequence[int]], shape: Shape) -> str:
+def _name(target: PreTrainedModel, documents: Sequence[Document], shape: Shape) -> str:
     """Names all that decides what a batch of a number holds."""
-    texts = blake2b(digest_size=8)
-    for document in documents:
-        texts.update(repr(list(document)).encode())
-    return digest(fingerprint(target), texts.hexdigest(), shape.width, shape.batch, shape.seed)
+    texts = [document_hash(document) for document in documents]
+    return digest(fingerprint(target), texts, shape.width, shape.batch, shape.seed)
 
 
 @torch.no_grad()
 def _batch(
-    target: PreTrainedModel, documents: Sequence[Sequence[int]], shape: Shape, number: int
+    target: PreTrainedModel, documents: Sequence[Document], shape: Shape, number: int
 ) -> dict[str, Tensor]:
     rng, greedy = Random(f"{shape.seed}/{number}"), number % 2 == 0
     length = rng.randint(*shape.prompt)
@@ -133,9 +170,7 @@ def _settings(target: PreTrainedModel, new: int, greedy: bool) -> Iterator[None]
     target.generation_config = GenerationConfig(
         max_new_tokens=new,
         do_sample=not greedy,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
+        **({} if greedy else {"temperature": 1.0, "top_k": 0, "top_p": 1.0}),
         eos_token_id=own.eos_token_id,
         pad_token_id=0 if own.pad_token_id is None else own.pad_token_id,
     )

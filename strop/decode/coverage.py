@@ -6,7 +6,7 @@ drawn for it. And accepted tokens, the first ones in a row that a draft foresaw:
 text was written at, its tokens are as good as those that decoding would meet behind that place.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,8 +15,7 @@ from torch import Tensor
 
 from strop.decode.builder import BestFirst
 from strop.decode.corpus import Rows
-from strop.decode.dflash import DFlashDrafter
-from strop.decode.proposal import Proposal
+from strop.decode.proposal import Proposal, marginals
 from strop.decode.training import Blocks, Blockwise, divergence, draw_anchors
 from strop.decode.treeflash import Approximator, TreeFlashDrafter
 
@@ -42,7 +41,10 @@ class Coverage:
     top: dict[int, list[float]]
     """Coverage: probability, by the target, of the drafter's k likeliest tokens."""
     accepted: dict[int, float]
-    """Accepted tokens a round if all paths through the k likeliest of each slot are drafted; 1: a chain."""
+    """Accepted tokens a round if all paths through the k likeliest of each slot are drafted; 1: a chain.
+
+    A correction knows every token before a slot here, while drafting it knows the CANDIDATES likeliest.
+    """
     tree: float
     """Accepted tokens a round if the best-first tree of NODES nodes is drafted."""
 
@@ -66,7 +68,9 @@ def coverage(
         draw, parts = torch.Generator().manual_seed(seed), []
         for some in index.split(16) if len(index) else ():
             batch = rows.at(some, trunk.target.device)
-            parts.append(_measure(trunk, trunk(batch, draw_anchors(batch, anchors, draw)), approximator, ranks))
+            parts.append(
+                _measure(trunk, trunk(batch, draw_anchors(batch, anchors, draw)), approximator, ranks)
+            )
         table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
         if table and len(table["kl"]):
             found[kind] = _mean(table, ranks)
@@ -109,7 +113,79 @@ def _measure(
     found = {"kl": divergence(logp, logits), "tvd": (p - q).abs().sum(-1) / 2}
     found |= {f"top {k}": mass[..., k - 1] for k in ranks}
     found["rank"] = torch.where(same.any(-1), same.int().argmax(-1), max(ranks))
-    drafter = _drafter(trunk, approximator)
-    taken = [_taken(drafter.behind(*block), true) for block, true in zip(zip(h, ids), ids.tolist())]  # noqa: B905
+    taken = [
+        _taken(proposal, true)
+        for proposal, true in zip(_proposals(trunk, h, ids, approximator), ids.tolist(), strict=True)
+    ]
     found["tree"] = torch.tensor(taken, dtype=torch.float32)
     return {name: value.cpu() for name, value in found.items()}
+
+
+class _Denoised(TreeFlashDrafter):
+    """Proposes from slots that are known."""
+
+    h: Tensor
+    """Their states before the final norm, `[L, d]`."""
+
+    def slots(self, anchor: int) -> Tensor:
+        return self.h
+
+
+def _proposals(
+    trunk: Blockwise, h: Tensor, ids: Tensor, approximator: Approximator | None
+) -> Iterator[Proposal]:
+    """What the drafter proposes for each block, of states `[n, L, d]` and true tokens `[n, N]`."""
+    if approximator is None:
+        yield from (marginals(trunk.head(trunk.net.norm(states)), NODES) for states in h)
+        return
+    drafter = _Denoised(trunk.net, approximator, trunk.target, CANDIDATES)
+    for drafter.h, anchor in zip(h, ids[:, 0].tolist(), strict=True):
+        yield drafter.propose([anchor], NODES)
+
+
+def _taken(proposal: Proposal, ids: Sequence[int]) -> int:
+    """Tokens behind the first of `ids` that the best-first tree of a proposal foresaw."""
+    pops = BestFirst(proposal, ids[0])
+    tree, node = pops.tree(sum(1 for _ in islice(pops, NODES))), 0
+    for count, token in enumerate(ids[1:]):
+        node = tree.child.get((node, token), 0)
+        if not node:
+            return count
+    return len(ids) - 1
+
+
+def lines(plain: Mapping[str, Coverage], corrected: Mapping[str, Coverage] | None = None) -> Sequence[str]:
+    """The diagnosis in words: what was accepted, and whether trees are worth trying."""
+    if not plain:
+        return ["The target ended its held-out texts so soon that no block fits in: give other texts."]
+    said = []
+    for kind, found in plain.items():
+        told = f"{kind.capitalize()} text, tokens accepted a round: {_accepted(found)}"
+        if corrected is not None:
+            told += f"; knowing the token before, {_accepted(corrected[kind])}"
+        said.append(told + ".")
+    best = plain if corrected is None else corrected
+    ahead = [kind for kind, found in best.items() if _gain(found) >= PAYS]
+    if ahead:
+        said.append(
+            f"Trees are at least {PAYS:.0%} ahead on {' and '.join(ahead)} text: they pay where verifying "
+            f"{NODES} tokens takes little longer than {len(next(iter(best.values())).kl)}, which the "
+            "cost-aware rule weighs while decoding."
+        )
+    else:
+        said.append(f"Trees are less than {PAYS:.0%} ahead: a chain will do.")
+    if max(found.tree for found in best.values()) < 1:
+        said.append("That is little so far: train on more tokens and for more steps.")
+    return said
+
+
+def _accepted(found: Coverage) -> str:
+    return (
+        f"{found.accepted[1]:.2f} of a chain, {found.tree:.2f} ({_gain(found):+.0%}) of the best-first tree "
+        f"of {NODES} nodes"
+    )
+
+
+def _gain(found: Coverage) -> float:
+    """Share by which the tree is ahead of the chain."""
+    return found.tree / max(found.accepted[1], 1e-9) - 1

@@ -9,10 +9,9 @@ last ones where the shapes agree, and learn from its whole distributions.
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,17 +24,20 @@ from strop.core.errors import StropError
 from strop.core.files import atomic, digest
 from strop.core.hooks import decoder_layers
 from strop.decode.checkpoint import fingerprint, new_config, save_drafter
-from strop.decode.corpus import Report, Rows, Shape, regenerate
-from strop.decode.coverage import Coverage, coverage, lines
+from strop.decode.corpus import Document, Report, Rows, Shape, document_hash, regenerate
+from strop.decode.coverage import CANDIDATES, Coverage, coverage, lines
 from strop.decode.dflash import DFlashNet, default_taps
-from strop.decode.training import Blockwise, Loss, Plan, Trainer, distilled_loss, treeflash_loss
+from strop.decode.training import (
+    Blockwise,
+    Loss,
+    Plan,
+    Trainer,
+    distilled_loss,
+    require_bare_head,
+    treeflash_loss,
+)
 from strop.decode.treeflash import Approximator
 
-Document = Sequence[int]
-HELD_OUT = 0.05
-"""Share of the texts that is measured on."""
-PIECE, SHORTEST = 1024, 128
-"""Tokens of a piece of text, at most and, where there is little text, at least."""
 WIDTH = 512
 """Tokens of a row, at most."""
 BLOCKS = 8
@@ -46,8 +48,6 @@ ANCHORS = 16
 """Blocks of each held-out row."""
 PASSES, BATCH, BLOCKS_A_ROW, LR, HEAD_LR = 4, 2, 32, 2.5e-3, 1e-3
 """Passes over the rows, rows of an update and blocks of a row; learning rates of drafter and approximator."""
-CANDIDATES = 8
-"""M of TreeFlash: tokens of a slot for which the next one is tabulated."""
 RUN, WORK = "run.json", "work"
 
 
@@ -78,30 +78,28 @@ def mask_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> tuple[int
     return (vocabulary - 1, "the last id") if end is None else (end, "the tokenizer's end of text")
 
 
-def hold_out(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """Pieces of the documents to train on, and one in twenty to measure on, drawn by the hash of its tokens.
-
-    Raises StropError where the documents make less than two pieces.
-    """
-    size = min(max(sum(map(len, documents)) // 20, SHORTEST), PIECE)
-    cut = [ids[start : start + size] for ids in documents for start in range(0, len(ids), size)]
-    pieces = sorted({tuple(ids) for ids in cut}, key=_hash)
-    if len(pieces) < 2:
-        raise StropError(
-            f"the data has {sum(map(len, documents))} tokens, too few to train on: give more text"
-        )
-    held_out = max(round(HELD_OUT * len(pieces)), 1)
-    return pieces[held_out:], pieces[:held_out]
-
-
 def new_net(config: Qwen3Config, seed: int) -> DFlashNet:
     """A freshly drawn network; the same seed gives the same weights on every device."""
-    torch.manual_seed(seed)
-    net = DFlashNet(config)
-    for parameter in net.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
+    with _seeded(seed):
+        net = DFlashNet(config)
+        for parameter in net.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.02)
     return net
+
+
+def new_approximator(config: Qwen3Config, seed: int) -> Approximator:
+    """One that changes nothing yet; the same seed gives the same weights on every device."""
+    with _seeded(seed):
+        return Approximator(config)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Chance of a seed on the host, and the caller's own afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()
@@ -127,16 +125,17 @@ def fit_drafter(
     settings: Settings,
     report: Report,
     resume: bool = False,
-    tell: Callable[[Coverage], None] = lambda plain: None,
+    tell: Callable[[dict[str, Coverage]], None] = lambda plain: None,
 ) -> dict[str, Any]:
     """Train a drafter for `target` into the folder `out`; returns what training.json will hold.
 
     `tell` hears how well the drafter covers the held-out texts before an approximator trains. The folder's
-    config.json comes last. Raises StropError when the texts are too short or `out` holds something else; with
-    `resume` another run is replaced, and its stages that fit are kept.
+    config.json comes last. Raises StropError when the texts are too short, the target is not drafted for or
+    `out` holds something else; with `resume` another run is replaced, and its stages that fit are kept.
     """
+    require_bare_head(target)
     shapes = _shapes(target, train, held_out, settings)
-    texts = digest([_hash(document).hex() for document in (*train, *held_out)])
+    texts = digest([document_hash(document) for document in (*train, *held_out)])
     about = {"target": fingerprint(target), "texts": texts, **asdict(settings)}
     _claim(out, about, resume)
     stages = _Stages(target, out / WORK, settings, report)
@@ -149,8 +148,8 @@ def fit_drafter(
     if settings.treeflash:
         tell(plain)
         trunk.net.requires_grad_(False)
-        approximator = stages.approximator(trunk)
-        loss = treeflash_loss(trunk, approximator, kept=0.0)
+        approximator = new_approximator(trunk.net.config, settings.seed).to(target.device)
+        loss = treeflash_loss(trunk, approximator)
         second = stages.train(trunk, approximator, loss, rows, stages.plan(rows, HEAD_LR, share=0.5))
         corrected = coverage(trunk, held, ANCHORS, approximator)
     record = {
@@ -159,12 +158,16 @@ def fit_drafter(
         "tokens": int((rows.end - rows.start).sum()),
         "dflash": first,
         "treeflash": second,
-        "coverage": {"plain": asdict(plain), "corrected": corrected and asdict(corrected)},
+        "coverage": {"plain": _told(plain), "corrected": corrected and _told(corrected)},
         "verdict": list(lines(plain, corrected)),
     }
     _write(out / "training.json", record)
     save_drafter(out, trunk.net, approximator, CANDIDATES)
     return record
+
+
+def _told(found: dict[str, Coverage]) -> dict[str, Any]:
+    return {kind: asdict(measured) for kind, measured in found.items()}
 
 
 class _Stages:
@@ -177,10 +180,9 @@ class _Stages:
     def rows(self, documents: Sequence[Document], shape: Shape, about: Sequence[Any]) -> Rows:
         """Rows that the target wrote."""
         self.decided = [*self.decided, about, asdict(shape)]
-        file = self.work / f"rows-{digest(self.decided)}.safetensors"
         cuda = self.target.device.type == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-            return regenerate(self.target, documents, shape, file, timed(self.report))
+            return regenerate(self.target, documents, shape, self.work, timed(self.report))
 
     def trunk(self) -> Blockwise:
         """The target with an untrained drafter."""
@@ -192,11 +194,6 @@ class _Stages:
         net = new_net(config, told.seed).to(self.target.device)
         copy_layers(net, self.target)
         return Blockwise(self.target, net, Plan.gamma)
-
-    def approximator(self, trunk: Blockwise) -> Approximator:
-        """One that changes nothing yet."""
-        torch.manual_seed(self.settings.seed)
-        return Approximator(trunk.net.config).to(self.target.device)
 
     def plan(self, rows: Rows, lr: float, share: float = 1.0) -> Plan:
         """How to optimise on these rows, with a share of the updates."""
@@ -227,10 +224,6 @@ def timed(report: Report) -> Report:
         report(what + left, share)
 
     return told
-
-
-def _hash(document: Document) -> bytes:
-    return blake2b(repr(tuple(document)).encode(), digest_size=8).digest()
 
 
 def _shapes(
