@@ -18,10 +18,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scale", default="cpu", choices=("cpu", "gpu"))
+    parser.add_argument("--papers", nargs="*", default=[], help="only these; others stay as they are")
     args = parser.parse_args()
     console.quiet()
+    kept = []
+    if args.papers and args.out.exists():
+        held = json.loads(args.out.read_text(encoding="utf-8"))["claims"]
+        kept = [claim for claim in held if claim["paper"] not in args.papers]
     with console.progress() as report:
-        found = [claim.to_dict() for claim in run_claims((), args.scale, report)]
+        found = kept + [claim.to_dict() for claim in run_claims(args.papers, args.scale, report)]
     with atomic(args.out) as file:
         file.write_text(json.dumps(console.plain({"machine": machine(), "claims": found}), indent=1))
 

@@ -183,7 +183,8 @@ def speculation(results: dict[str, Any]) -> str:
             drafted = sum(int(nodes) * rounds for nodes, rounds in stats["nodes_by_round"].items())
             tau, nodes = f"{stats['spec_accept_length']:.2f}", f"{drafted / stats['spec_verify_ct']:.1f}"
             if stats["predicted_tokens_per_s"]:
-                predicted = f"{stats['predicted_tokens_per_s'] / stats['realised_tokens_per_s']:.2f}"
+                realised = stats.get("realised_tokens_per_s", stats["tokens_per_s"])
+                predicted = f"{stats['predicted_tokens_per_s'] / realised:.2f}"
         cells = [
             f"{row['tokens_per_cpu_s']:.0f}",
             f"{speedup:.2f} ({low:.2f} to {high:.2f})",
