@@ -23,6 +23,7 @@ from strop.core.errors import StropError
 from strop.decode.builder import Grown, TreeBuilder
 from strop.decode.calibrate import CostAware, Report, kind
 from strop.decode.drafter import Drafter
+from strop.decode.proposal import Proposal
 from strop.decode.sampler import Greedy, KeyedGumbel, Sampler, TreeJudge
 from strop.decode.stats import Stats
 from strop.decode.stop import StopRule
@@ -139,7 +140,7 @@ class Speculative:
         self._note(tree, context, emitted, clock, proposal is not None)
         return done
 
-    def _tree(self, proposal: Any, root: int, target: Target, sampler: Sampler) -> DraftTree:
+    def _tree(self, proposal: Proposal | None, root: int, target: Target, sampler: Sampler) -> DraftTree:
         if proposal is None:
             return bare(root)
         most = min(target.most, proposal.horizon if self.builder.most is None else self.builder.most)
