@@ -1,6 +1,7 @@
 """Bits, rotation, joined attention, the attention function and the count of bytes."""
 
 import copy
+import math
 import random
 
 import pytest
@@ -17,6 +18,12 @@ from strop.core.errors import StropError
 from strop.core.hadamard import hadamard
 from strop.kv import KVarN
 
+PLANES = {
+    1: ((1,), (0,)), 2: ((2,), (0,)), 3: ((2, 1), (0, 2)), 4: ((4,), (0,)), 5: ((4, 1), (0, 4)),
+    6: ((4, 2), (0, 4)), 7: ((4, 2, 1), (0, 4, 6)), 8: ((8,), (0,)),
+}  # fmt: skip
+"""Widths of a code's planes, and the lowest bit of each."""
+
 
 @settings(max_examples=60, deadline=None)
 @given(
@@ -32,17 +39,29 @@ def test_packing_keeps_every_bit_and_is_lowest_first(bits, shape, whole, seed):
     assert packed.shape == (*shape, packed_bytes(8 * whole, bits))
     assert torch.equal(unpack(packed, bits), codes)
     assert torch.equal(unpack(packed.mT.contiguous().mT, bits), codes) if len(shape) else True
-    for byte, one in zip(
-        packed.flatten().tolist(), codes.flatten().view(-1, 8 // bits).tolist(), strict=True
-    ):
-        assert byte == sum(code << bits * lane for lane, code in enumerate(one))
+    split = list(zip(*PLANES[bits], strict=True))
+    count = math.prod(shape)
+    flat = codes.view(count, 8 * whole).tolist()
+    for row, stored in zip(flat, packed.view(count, bits * whole).tolist(), strict=True):
+        expected = []
+        for width, low in split:
+            parts = [code >> low & 2**width - 1 for code in row]
+            for start in range(0, len(parts), 8 // width):
+                one = parts[start : start + 8 // width]
+                expected.append(sum(part << width * lane for lane, part in enumerate(one)))
+        assert stored == expected
 
 
-def test_packing_refuses_other_widths_and_broken_bytes():
-    with pytest.raises(ValueError, match="bits"):
-        packed_bytes(8, 3)
+@pytest.mark.parametrize("bits", [0, 9, -1, 16])
+def test_packing_refuses_other_widths(bits):
+    with pytest.raises(ValueError, match="bits must be 1 to 8"):
+        packed_bytes(8, bits)
+
+
+@pytest.mark.parametrize(("count", "bits"), [(3, 4), (4, 3), (2, 6), (6, 5), (4, 7), (7, 1)])
+def test_packing_refuses_broken_bytes(count, bits):
     with pytest.raises(ValueError, match="whole bytes"):
-        pack(torch.zeros(3, dtype=torch.uint8), 4)
+        pack(torch.zeros(count, dtype=torch.uint8), bits)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 64, 256])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from strop.core.checkpoint import Checkpoint
@@ -16,18 +16,28 @@ FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": Fa
 
 
 def load_causal(
-    checkpoint: Checkpoint, dtype: str | torch.dtype, device: str | torch.device
+    checkpoint: Checkpoint,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """The model, ready to be run. Raises StropError unless it is whole and finite."""
+    """The model, ready to be run; `config` replaces the one in the folder.
+
+    Raises StropError unless it is whole and finite.
+    """
+    other = {} if config is None else {"config": config}
     try:
         found: Any = AutoModelForCausalLM.from_pretrained(
             checkpoint.path,
             **FROM_FOLDER,
+            **other,
             dtype=dtype,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    except StropError:
+        raise
     except Exception as error:  # safetensors and transformers raise many kinds for a broken file
         raise not_loaded("model", checkpoint.path, error) from error
     model, loaded = found

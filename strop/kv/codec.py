@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from strop.core.bits import WIDTHS, pack, packed_bytes, unpack
+from strop.core.bits import BYTE_WIDTHS, pack, packed_bytes, unpack
 from strop.core.hadamard import hadamard, rotate
 from strop.kernels.tiles import Fields, Kernels, TileForm, kernels
 from strop.kv.tile_store import Fused, TileCodec
@@ -290,8 +290,8 @@ class RoundedKV(TiledKV):
             object.__setattr__(self, "bits_k", bits)
             object.__setattr__(self, "bits_v", bits)
         for name in ("bits_k", "bits_v"):
-            if getattr(self, name) not in WIDTHS:
-                raise ValueError(f"{name} must be one of {WIDTHS}, got {getattr(self, name)!r}")
+            if getattr(self, name) not in BYTE_WIDTHS:
+                raise ValueError(f"{name} must be one of {BYTE_WIDTHS}, got {getattr(self, name)!r}")
         if self.aux_dtype not in AUX:
             raise ValueError(f"aux_dtype must be one of {sorted(AUX)}, got {self.aux_dtype!r}")
 
