@@ -9,13 +9,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from strop.core.errors import StropError
 from strop.models.zoo import card, zoo_names, zoo_path, zoo_root
 from strop.tasks import python_source, reasoning, recall
 
-NAMES = ("coder", "reasoner")
+ARCHITECTURES = {
+    "coder": "Qwen3ForCausalLM",
+    "reasoner": "Qwen3ForCausalLM",
+    "moe": "Qwen2MoeForCausalLM",
+    "moe-1": "Qwen2MoeForCausalLM",
+}
+NAMES = tuple(ARCHITECTURES)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +74,7 @@ def test_folders_are_small_and_name_no_machine(name):
     folder = zoo_path(name)
     assert (folder / "model.safetensors").stat().st_size <= 12_000_000
     config = json.loads((folder / "config.json").read_text())
-    assert config["architectures"] == ["Qwen3ForCausalLM"] and config["dtype"] == "bfloat16"
+    assert config["architectures"] == [ARCHITECTURES[name]] and config["dtype"] == "bfloat16"
     assert config["head_dim"] == 64 and config["tie_word_embeddings"]
     assert config["num_key_value_heads"] < config["num_attention_heads"]
     assert config["max_position_embeddings"] >= 2048
@@ -88,8 +101,9 @@ def test_coder_card_lists_its_data():
         assert python_source.is_held_out(path) == (side == "held_out") and len(digest) == 16
 
 
-def test_coder_beats_gzip_on_held_out_source():
-    model, tokenizer = _load("coder")
+@pytest.mark.parametrize("name", ("coder", "moe", "moe-1"))
+def test_models_of_source_beat_gzip_on_held_out_source(name):
+    model, tokenizer = _load(name)
     text = python_source.held_out_text()[-1][:4000]
     ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]])
     with torch.inference_mode():
@@ -139,16 +153,32 @@ class _Counting:
         self.heard = state["heard"]
 
 
-def test_killed_training_resumes_exactly(trainer, tmp_path):
-    config = Qwen3Config(
-        vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16,
-        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
-    )  # fmt: skip
+SMALL = {
+    "vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def _dense():
+    return Qwen3ForCausalLM(Qwen3Config(**SMALL))
+
+
+def _experts():
+    sizes = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}
+    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, **sizes, num_experts=4, num_experts_per_tok=2))
+
+
+def _confidence(routers):
+    return sum(logits.float().softmax(-1).square().mean() for logits in routers)
+
+
+@pytest.mark.parametrize(("make", "penalty"), ((_dense, None), (_experts, _confidence)))
+def test_killed_training_resumes_exactly(trainer, tmp_path, make, penalty):
     plan = trainer.Plan(steps=14, warmup=2, dropout=0.1)
 
     def run(out: Path, plan):
         torch.manual_seed(0)
-        return trainer.Run(Qwen3ForCausalLM(config), _Counting(), plan, out, "cpu", 48)
+        return trainer.Run(make(), _Counting(), plan, out, "cpu", 48, penalty)
 
     whole = run(tmp_path / "whole", plan)
     whole.train()
@@ -163,6 +193,21 @@ def test_killed_training_resumes_exactly(trainer, tmp_path):
     another = run(tmp_path / "another", replace(plan, seed=1))
     another.train()
     assert not torch.equal(next(another.model.parameters()), next(whole.model.parameters()))
+
+
+def test_dropout_reaches_what_experts_write(trainer):
+    model, ids = _experts(), torch.arange(2, 18)[None]
+    mlp = model.model.layers[0].mlp
+
+    def zeros():
+        found = []
+        with mlp.register_forward_hook(lambda _m, _a, out: found.append((out == 0).float().mean().item())):
+            model(ids)
+        return found[0]
+
+    assert zeros() == 0
+    trainer._dropout_hooks(model, 0.5)
+    assert 0.4 < zeros() < 0.6
 
 
 def test_learning_rate_warms_up_and_ends_at_nothing(trainer):

@@ -96,6 +96,31 @@ def code_lengths(
 
 
 @torch.inference_mode()
+def expert_usage(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    context: int,
+) -> list[list[float]]:
+    """Share of the tokens that each expert sees, `[layers][experts]`; a layer sums to the active ones.
+
+    Each text starts behind the end-of-text token and is read in windows of `context` tokens.
+    """
+    active, experts = model.config.num_experts_per_tok, model.config.num_experts
+    counts = torch.zeros(model.config.num_hidden_layers, experts, dtype=torch.int64)
+    tokens = 0
+    for text in texts:
+        ids = [tokenizer.eos_token_id, *tokenizer(text, verbose=False)["input_ids"]]
+        for begin in range(0, len(ids), context):
+            window = torch.tensor([ids[begin : begin + context]], device=model.device)
+            routers = model(input_ids=window, use_cache=False, output_router_logits=True).router_logits
+            for count, logits in zip(counts, routers, strict=True):
+                count += logits.topk(active).indices.flatten().bincount(minlength=experts).cpu()
+            tokens += window.shape[1]
+    return (counts / tokens).tolist()
+
+
+@torch.inference_mode()
 def completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -1,8 +1,8 @@
 """What the bundled language models share: the architecture, the tokenizer wrapper, the folder.
 
-Both are Qwen3 models (grouped-query attention, normalised queries and keys, gated feed-forward,
-tied embeddings) with 4 query heads of 64 channels over 2 key-value heads, saved as ordinary
-transformers folders in bfloat16.
+All have 4 query heads of 64 channels over 2 key-value heads, gated feed-forward layers and tied
+embeddings, and are saved as ordinary transformers folders in bfloat16. `coder` and `reasoner` are
+Qwen3 models, which normalise queries and keys.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
-from trainer import Batches, Plan, Run
+from trainer import Batches, Penalty, Plan, Run
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -34,34 +34,40 @@ from transformers import (
 END, PAD = "<|endoftext|>", "<|pad|>"
 CONTEXT = 2048
 
+AnyModel = TypeVar("AnyModel", bound=PreTrainedModel)
+
+
+def shape(vocab: int, layers: int, end: int, pad: int) -> dict[str, Any]:
+    """What the configurations of all bundled models have in common."""
+    return {
+        "vocab_size": vocab,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": CONTEXT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": end,
+        "pad_token_id": pad,
+        "use_cache": True,
+    }
+
 
 def new_model(vocab: int, layers: int, end: int, pad: int, seed: int) -> Qwen3ForCausalLM:
-    """A freshly drawn float32 model; the same seed gives the same weights on every device.
-
-    Layers that write to the residual stream start smaller, by the root of their number.
-    """
+    """A freshly drawn float32 model; the same seed gives the same weights on every device."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocab,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=pad,
-        use_cache=True,
-    )
-    model = Qwen3ForCausalLM(config)
+    config = Qwen3Config(**shape(vocab, layers, end, pad), hidden_size=256, intermediate_size=768)
+    return shrink_writers(Qwen3ForCausalLM(config))
+
+
+def shrink_writers(model: AnyModel) -> AnyModel:
+    """Let the weights that write to the residual stream start smaller, by the root of their number."""
     with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight /= (2 * layers) ** 0.5
-            layer.mlp.down_proj.weight /= (2 * layers) ** 0.5
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter /= (2 * model.config.num_hidden_layers) ** 0.5
     return model
 
 
@@ -78,7 +84,7 @@ def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def parse(description: str) -> argparse.Namespace:
-    """The options of both training scripts."""
+    """The options of all training scripts."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -96,12 +102,13 @@ def parse(description: str) -> argparse.Namespace:
 
 
 def train(
-    model: Qwen3ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     batches: Batches,
     plan: Plan,
     out: Path,
     args: argparse.Namespace,
+    penalty: Penalty | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
     """Train to the end, save the folder, and return the record in `training.json`.
@@ -112,7 +119,7 @@ def train(
     if record_path.is_file():
         return json.loads(record_path.read_text(encoding="utf-8"))
     cuda = args.device == "cuda"
-    run = Run(model, batches, plan, out, args.device, 65536 if cuda else 2048)
+    run = Run(model, batches, plan, out, args.device, 65536 if cuda else 2048, penalty)
     run.train()
     model.to("cpu", torch.bfloat16)
     model.generation_config = GenerationConfig(
@@ -153,12 +160,14 @@ def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def cpu_speed(model: Qwen3ForCausalLM, batches: Batches, plan: Plan) -> dict[str, Any]:
+def cpu_speed(
+    model: PreTrainedModel, batches: Batches, plan: Plan, penalty: Penalty | None = None
+) -> dict[str, Any]:
     """Training tokens a second on this machine's processor: the fastest of five steps.
 
     The fastest, since other programs can only slow a step down. `model` is a throwaway.
     """
-    run = Run(model, batches, plan, Path("unused"), "cpu", 2048)
+    run = Run(model, batches, plan, Path("unused"), "cpu", 2048, penalty)
     speeds = []
     for _ in range(5):
         tokens, started = run.tokens, time.monotonic()

@@ -138,7 +138,7 @@ class SourceBatches:
         """Nothing to take up."""
 
 
-def measure(folder: Path, root: Path, device: str) -> dict[str, Any]:
+def measure(folder: Path, root: Path, device: str, called: str = "coder") -> dict[str, Any]:
     """Held-out numbers of the saved folder, weights rounded to bfloat16, arithmetic in float32."""
     model, tokenizer = load(folder, device, torch.float32)
     held = python_source.texts("held_out", root)
@@ -151,7 +151,7 @@ def measure(folder: Path, root: Path, device: str) -> dict[str, Any]:
         total = sum(b for b, keep in zip(bits, kept, strict=True) if keep)
         found["bits per byte"][name] = {
             "bytes": len(data),
-            "coder": total / len(data),
+            called: total / len(data),
             "5-gram": evaluate.ngram_bits_per_byte(known, data),
             **evaluate.compressors(data),
         }

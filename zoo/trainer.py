@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +54,10 @@ class Plan:
         """Warm-up, plateau, decay: the learning rate of a step counted from 0."""
         left = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.lr * min(1.0, (step + 1) / self.warmup, left)
+
+
+Penalty = Callable[[Sequence[Tensor]], Tensor]
+"""Of the routers' logits `[B * T, E]`, one tensor a layer: what the loss of every token is raised by."""
 
 
 class Batches(Protocol):
@@ -109,9 +113,10 @@ class Run:
         out: Path,
         device: str,
         micro_tokens: int,
+        penalty: Penalty | None = None,
         checkpoint_every: int = 250,
     ) -> None:
-        self.model = model.to(device)
+        self.model, self.penalty = model.to(device), penalty
         self.batches, self.plan, self.out, self.device = batches, plan, out, device
         self.micro_tokens, self.checkpoint_every = micro_tokens, checkpoint_every
         self.step, self.seconds, self.tokens, self.exact = 0, 0.0, 0, 0.0
@@ -165,8 +170,8 @@ class Run:
         loss_sum = torch.zeros((), device=self.device)
         exact = torch.zeros((), device=self.device)
         for ids, labels in parts:
-            loss, right = self._loss(ids.to(self.device), labels.to(self.device))
-            (loss / labelled).backward()
+            loss, extra, right = self._loss(ids.to(self.device), labels.to(self.device))
+            ((loss + extra) / labelled).backward()
             loss_sum += loss.detach()
             exact += right.all(dim=1).sum()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.plan.clip)
@@ -183,14 +188,16 @@ class Run:
             entry = {"step": self.step, "loss": round(float(loss_sum) / labelled, 4)}
             self.log.append(entry | {"exact": round(self.exact, 3)} | self.batches.state())
 
-    def _loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed cross-entropy, and which positions `[B, T]` are right or unlabelled."""
+    def _loss(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | float, Tensor]:
+        """Summed cross-entropy, summed penalty, and which positions `[B, T]` are right or unlabelled."""
+        wanted = {} if self.penalty is None else {"output_router_logits": True}
         with torch.autocast(self.device, torch.bfloat16), sdpa_kernel(_ATTENTION):
-            logits = self.model(input_ids=ids, use_cache=False).logits
+            out = self.model(input_ids=ids, use_cache=False, **wanted)
         loss = F.cross_entropy(
-            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            out.logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
-        return loss, (logits.detach().argmax(-1) == labels) | (labels == IGNORED)
+        extra = 0.0 if self.penalty is None else self.penalty(out.router_logits) * (labels != IGNORED).sum()
+        return loss, extra, (out.logits.detach().argmax(-1) == labels) | (labels == IGNORED)
 
     def _save(self) -> None:
         tensors = {}
@@ -223,6 +230,6 @@ def _dropout_hooks(model: nn.Module, p: float) -> list[torch.utils.hooks.Removab
     """Hooks that drop activations behind the modules which write to the residual stream."""
     if p == 0:
         return []
-    ends = ("embed_tokens", "o_proj", "down_proj")
+    ends = ("embed_tokens", "o_proj", ".mlp")
     sites = [m for name, m in model.named_modules() if name.endswith(ends)]
     return [m.register_forward_hook(lambda _m, _a, out: F.dropout(out, p, training=True)) for m in sites]
