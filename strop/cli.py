@@ -19,6 +19,7 @@ from rich.markdown import Markdown
 from strop import __version__, console, tables
 from strop import doctor as doctors
 from strop.cli_train import train
+from strop.cli_weights import quantize, recipe
 from strop.core.errors import StropError
 from strop.core.files import require_folder
 from strop.options import (
@@ -192,6 +193,10 @@ def generate(
         console.print_json({"prompt": text, "text": said, "speculation": spoken} | about)
     elif spoken:
         tables.show_speculation(spoken)
+
+
+app.command(epilog="Example: strop quantize zoo:moe --method alphaq --bits 2.5 -o runs/moe-2.5")(quantize)
+app.command(epilog="Example: strop recipe runs/mine/recipe.yaml --to vllm")(recipe)
 
 
 @app.command(epilog="Example: strop claims kvarn --json")

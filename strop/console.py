@@ -176,6 +176,26 @@ def given_draft(drafter: str | None, tree: str | None, budget: int | None) -> di
     return {"decode": drafting(drafter, tree or "caddtree", budget)}
 
 
+def given_weights(source: str, method: str | None, settings: dict[str, Any]) -> Any:
+    """The recipe to quantize by: a file's, or a model's with a method and its settings."""
+    from strop.quantize import spelled
+    from strop.recipe import Recipe
+
+    if not source.endswith((".yaml", ".yml")):
+        return spelled(source, method, **settings)
+    if method or any(value is not None for value in settings.values()):
+        raise StropError(f"{source} says how to quantize: leave --method and its settings out")
+    return Recipe.load(Path(source))
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Rising whole numbers, from `2,3,4`."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers, such as 2,3,4")
+    return sorted({int(part) for part in parts})
+
+
 def zoo_rows() -> list[dict[str, Any]]:
     """Name, bytes of weights and the first sentence of the card of each bundled model."""
     rows = []

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, DynamicCache
 
@@ -27,6 +28,8 @@ from strop.decode.stats import Stats
 from strop.kv.base import KVShape
 from strop.models.zoo import zoo_path
 from strop.recipe import Recipe
+from strop.weights.packed import config_for, register
+from strop.weights.text import Calibrated, calibration_rows
 
 DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 ITEMSIZES = {"auto": 0, "bf16": 2, "fp32": 4}
@@ -45,14 +48,16 @@ class Model:
         checkpoint: Checkpoint,
         model: PreTrainedModel | None = None,
     ) -> None:
-        """`plain` is the checkpoint as loaded, `model` the same with the recipe's weights method applied."""
+        """`plain` is the checkpoint as loaded, `model` the same with the recipe's weights applied."""
         recipe.check()
         self.plain = plain
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.checkpoint = checkpoint
         if model is None:
-            model = plain if recipe.weights is None else recipe.weights.apply(_shared(plain))
+            model = (
+                plain if recipe.weights is None else recipe.weights.apply(_shared(plain), self.calibration)
+            )
         self.model = model
         self.stats: Stats | None = None
         """What drafts brought in the newest generation; None where the recipe has no drafter."""
@@ -199,6 +204,10 @@ class Model:
         self.stats = drafted.stats if drafted else None
         return out[:, longest:].tolist()
 
+    def calibration(self, asked: Calibrated) -> Tensor:
+        """The text `[samples, length]` that a weights method wants to see, as token ids."""
+        return calibration_rows(self.tokenizer, str(self.recipe.model), asked)
+
     @property
     def pad(self) -> int:
         """The token id that fills batches on the left; masked everywhere."""
@@ -237,21 +246,31 @@ def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
         if recipe.model is None:
             raise StropError(f"{source} names no model: add a line `model: PATH` or `model: zoo:NAME`")
     recipe.check()
-    name = str(recipe.model)
-    path = zoo_path(name[4:]) if name.startswith("zoo:") else Path(name)
-    checkpoint = inspect(path)
-    require_causal(checkpoint)
+    checkpoint = located(str(recipe.model))
     require_memory(checkpoint, ITEMSIZES[dtype])
     if device == "cuda" and not torch.cuda.is_available():
         raise StropError("no CUDA device is visible: use --device cpu, or see `strop doctor`")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **FROM_FOLDER)
-    except Exception as error:  # tokenizers raises bare Exception for a broken file
-        raise not_loaded("tokenizer", path, error) from error
-    plain = attach(load_causal(checkpoint, DTYPES[dtype], device))
+    tokenizer = tokenizer_of(checkpoint)
+    register()
+    plain = attach(load_causal(checkpoint, DTYPES[dtype], device, config_for(checkpoint)))
     model = Model(plain, tokenizer, recipe, checkpoint)
     _require_runs(model.with_(decode=None))
     return model
+
+
+def located(name: str) -> Checkpoint:
+    """The checkpoint of `zoo:NAME` or a folder. Raises StropError unless it is whole, and causal."""
+    checkpoint = inspect(zoo_path(name[4:]) if name.startswith("zoo:") else Path(name))
+    require_causal(checkpoint)
+    return checkpoint
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a checkpoint."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.path, padding_side="left", **FROM_FOLDER)
+    except Exception as error:  # tokenizers raises bare Exception for a broken file
+        raise not_loaded("tokenizer", checkpoint.path, error) from error
 
 
 def _require_runs(model: Model) -> None:

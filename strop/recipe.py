@@ -35,7 +35,7 @@ from strop.kv import (
     VaSE,
     VaSEDKV,
 )
-from strop.weights import RTN, WeightMethod
+from strop.weights import GPTQ, HQQ, PMQ, RTN, AlphaQ, WeightMethod
 
 VERSION = 1
 AS_IS = "as is"
@@ -43,7 +43,7 @@ AS_IS = "as is"
 
 METHODS: dict[str, dict[str, type]] = {
     "prune": {},
-    "weights": {"rtn": RTN},
+    "weights": {"rtn": RTN, "gptq": GPTQ, "hqq": HQQ, "alphaq": AlphaQ, "pmq": PMQ},
     "kv": {
         "kvarn": KVarN,
         "kivi": KIVI,
@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, type]] = {
 SLOTS = tuple(METHODS)
 
 ALWAYS: dict[str, tuple[Method, ...]] = {
-    "weights": (RTN(bits=8), RTN(bits=4, group=128)),
+    "weights": (RTN(bits=8), RTN(bits=4, group=128), GPTQ(bits=4, group=128)),
     "kv": (
         Quantized(backend="fp8", bits=8),
         Quantized(backend="hqq", bits=4),
@@ -80,17 +80,23 @@ ALWAYS: dict[str, tuple[Method, ...]] = {
 }
 """What `tune` tries in each slot at any length."""
 
+EXPERTS = (AlphaQ(bits=3.5), AlphaQ(bits=2.5))
+"""What it tries for the weights of a mixture of experts besides."""
 LONG = 1024
 """Tokens of context from which `tune` tries to evict some."""
 
 
-def candidates(context: int, drafters: Sequence[str] = ()) -> dict[str, tuple[Method, ...]]:
+def candidates(
+    context: int, drafters: Sequence[str] = (), experts: bool = False
+) -> dict[str, tuple[Method, ...]]:
     """What `tune` tries in each slot where `context` tokens are cached; a method joins by one entry.
 
     Where that is `LONG`, half and a quarter of the tokens are budgets for eviction, alone and over a store.
-    `drafters` exist for the model.
+    `drafters` exist for the model, which may have `experts`.
     """
     tried = ALWAYS | {"decode": (*ALWAYS["decode"], *(CaDDTree(drafter=drafter) for drafter in drafters))}
+    if experts:
+        tried["weights"] = (*ALWAYS["weights"], *EXPERTS)
     if context < LONG:
         return tried
     buffer = VaSE.buffer
@@ -224,7 +230,11 @@ def label(slot: str, method: Method) -> str:
 
 def _node(slot: str, method: Method) -> dict[str, Any]:
     fields = {
-        name: _node(slot, value) if isinstance(value, Method) else value
+        name: _node(slot, value)
+        if isinstance(value, Method)
+        else list(value)
+        if isinstance(value, tuple)
+        else value
         for name, value in method.fields().items()
     }
     return {method_name(slot, method): fields}
@@ -270,12 +280,14 @@ def _nested(slot: str, where: str, node: Any, hint: Any) -> Method:
 
 def _kinds(hint: Any) -> tuple[type, ...]:
     """The types that a field may have."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType, tuple)
     return typing.get_args(hint) if union else (hint,)
 
 
 def _scalar(where: str, value: Any, hint: Any) -> Any:
     allowed = _kinds(hint)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(_scalar(where, item, allowed[0]) for item in value)
     if float in allowed and type(value) is int:
         value = float(value)
     if type(value) not in allowed:

@@ -4,6 +4,7 @@ Nothing here measures or decides; the words of measures are those of the report.
 """
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from rich.text import Text
 
 from strop import console
 
+QUANTIZED = ("Shape", "Bits", "Alpha", "Predicted", "Error")
 STAGES = ("draft", "build", "verify", "commit")
 
 
@@ -88,6 +90,56 @@ def show_claims(claims: Sequence[Any]) -> None:
     print_table([Column(name, ratio=width) for name, width in widths.items()], rows)
     for claim in claims:
         say(f"{claim.paper}, {claim.verdict}: {claim.reason}")
+
+
+def show_quantized(told: Mapping[str, Any]) -> None:
+    """What each kind of matrix got and lost, who reads the result, and where it is."""
+    kinds: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for matrix in told["matrices"]:
+        name = matrix["name"].rpartition(".")[2]
+        kinds.setdefault((f"expert {name}" if matrix["expert"] else name, _shape(matrix)), []).append(matrix)
+    print_table(
+        [Column("Matrices", no_wrap=True), *(Column(name, justify="right") for name in QUANTIZED)],
+        [[name, *_kind(shape, rows)] for (name, shape), rows in kinds.items()],
+    )
+    say(f"{told['method']}: {told['said']}.")
+    bits = f"{told['effective_bits']:.2f} bits a weight with scales and zeros"
+    if told["expert_effective_bits"] is not None:
+        bits += (
+            f", {told['expert_effective_bits']:.2f} in experts ({told['expert_average_bits']:.2f} of codes)"
+        )
+    say(f"{bits}.")
+    if "out" in told:
+        from strop.tune.report_measures import size
+
+        say(f"{size(told['source_bytes'])} became {size(told['bytes'])}.")
+    say(
+        f"Read by {', '.join(told['engines'])}."
+        + "".join(f" {note[0].upper()}{note[1:]}." for note in told["notes"])
+    )
+    if "out" in told:
+        typer.echo(f"Folder:  {told['out']} (matrices.csv has each matrix)")
+        typer.echo(f"Try:     {shlex.join(['strop', 'generate', told['out'], '--prompt', 'def '])}")
+
+
+def _shape(matrix: Mapping[str, Any]) -> str:
+    return f"{matrix['outputs']}x{matrix['inputs']}"
+
+
+def _kind(shape: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The cells of `QUANTIZED` for matrices of a kind."""
+    widths = Counter(row["bits"] for row in rows)
+    bits = ", ".join(
+        f"{count} x {width}" if len(widths) > 1 else f"{width}" for width, count in sorted(widths.items())
+    )
+    return [f"{len(rows)} x {shape}", bits, *(_span(rows, key) for key in ("alpha", "predicted", "measured"))]
+
+
+def _span(rows: Sequence[Mapping[str, Any]], key: str) -> str:
+    """The smallest and largest of a column."""
+    found = [row[key] for row in rows if row[key] is not None]
+    ends = dict.fromkeys(f"{end:.2g}" for end in (min(found), max(found))) if found else {}
+    return " to ".join(ends) or "-"
 
 
 def show_parts(parts: Sequence[Any]) -> None:

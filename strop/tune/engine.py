@@ -30,6 +30,7 @@ from strop.tune.measure import Bench, Report, describe
 from strop.tune.report import write_report
 from strop.tune.settings import Settings
 from strop.tune.workload import PROBLEMS, Workload, build
+from strop.weights.experts import has_experts
 
 SURVIVORS = 2
 """Candidates of a slot that go on to compositions."""
@@ -110,7 +111,8 @@ class Study:
         self.settings, self.resume, self.report = settings, resume, report
         given = [] if settings.draft is None else [_absolute(settings.draft)]
         self.drafters = list(dict.fromkeys([*drafters_for(base.plain), *given]))
-        self.candidates = candidates(work.context, self.drafters)
+        experts = has_experts(base.checkpoint.config)
+        self.candidates = candidates(work.context, self.drafters, experts)
         self.bench = Bench(base, work, settings.seed)
         self.store = ResultStore(out / "results.sqlite")
         self.fingerprint = base.checkpoint.fingerprint()

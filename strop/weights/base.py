@@ -1,12 +1,13 @@
-"""The contract of the `weights` slot: a method turns a language model's linear layers into codes.
+"""The contract of the `weights` slot: a method says which grid each matrix gets, and how it becomes codes.
 
-The base finds the layers, refuses what cannot be quantized before it touches anything, and swaps
-each layer for its packed form; a method only says how one matrix becomes codes and scales. Left
-out: mixture-of-experts models and methods that need calibration data.
+The base finds the matrices, refuses what cannot be quantized before it touches anything, walks through the
+decoder layers and swaps each matrix for its packed form. Left out: embeddings, output heads, routers.
 """
 
 import abc
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,109 +15,227 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from strop.core.errors import StropError
+from strop.core.hooks import decoder_layers
 from strop.core.method import Method
+from strop.weights.experts import split_experts
+from strop.weights.grid import Codes, Grid, restored
 from strop.weights.linear import PackedConv1D, PackedLinear
+from strop.weights.plan import BitPlan, Row
+from strop.weights.text import Calibrated, Text
+from strop.weights.walk import Matrix, Report, Unit, Walk
 
-IGNORED = frozenset({"lm_head", "router", "gate"})
-EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+IGNORED = frozenset({"lm_head", "router", "gate", "shared_expert_gate"})
 
 
-class Codes(NamedTuple):
-    """A quantized matrix: `codes - 2**(bits - 1)`, times the scale of its group."""
-
-    codes: Tensor
-    """`[O, I]` uint8, each below `2**bits`."""
-    scale: Tensor
-    """`[O, I / group]` in the dtype of the weight."""
+def quiet(what: str, share: float) -> None:
+    """A report that nobody reads."""
 
 
 class WeightMethod(Method, abc.ABC):
-    """Quantizes the weights of a dense causal language model; members are frozen dataclasses."""
-
-    bits: int
-    """Width of a code."""
-    group: int | None
-    """Input channels that share one scale; None gives one scale per output channel."""
-
-    @abc.abstractmethod
-    def quantize(self, weight: Tensor) -> Codes:
-        """Quantize one finite matrix `[O, I]`, whose `I` is a multiple of `group`."""
-
-    @torch.no_grad()
-    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Swap every target of `model` for its packed form, in place, and return `model`.
-
-        Raises StropError as `targets` does, before anything has changed.
-        """
-        targets = self.targets(model)
-        while targets:  # drops each dense matrix as soon as its codes exist
-            name, layer = targets.pop()
-            codes, scale = self.quantize(_matrix(layer))
-            packed = PackedConv1D if isinstance(layer, Conv1D) else PackedLinear
-            model.set_submodule(name, packed(codes, scale, self.bits, layer.bias))
-        return model
-
-    def targets(self, model: PreTrainedModel) -> list[tuple[str, nn.Linear | Conv1D]]:
-        """List `(name, layer)` of what `apply` packs: not the output head, embeddings or routers.
-
-        Raises StropError if the model is already quantized, has experts, or has no such layer, or
-        if a layer's rows do not divide into groups and bytes or hold NaN or infinity.
-        """
-        self._refuse_model(model)
-        head = model.get_output_embeddings()
-        found = [
-            (name, layer)
-            for name, layer in model.named_modules()
-            if type(layer) in (nn.Linear, Conv1D)
-            and layer is not head
-            and name.rpartition(".")[2] not in IGNORED
-        ]
-        if not found:
-            raise StropError(
-                f"{self._name} found no nn.Linear or Conv1D to quantize in {type(model).__name__}: "
-                "pass a transformers causal language model that is not packed yet"
-            )
-        for name, layer in found:
-            self._refuse_layer(name, _matrix(layer))
-        return found
+    """Quantizes the weights of a causal language model; members are frozen dataclasses."""
 
     @property
-    def _name(self) -> str:
-        return type(self).__name__.lower()
+    def hessians(self) -> bool:
+        """Whether `quantize` wants to know what each layer reads."""
+        return isinstance(self, Calibrated)
 
-    def _refuse_model(self, model: PreTrainedModel) -> None:
-        config = model.config.get_text_config()
-        if getattr(model.config, "quantization_config", None) is not None:
-            raise StropError(
-                f"{self._name} cannot quantize a checkpoint that is already quantized: "
-                "load the 16-bit checkpoint that it was made from"
-            )
-        if any(getattr(config, field, None) for field in EXPERT_FIELDS) or any(
-            "experts" in name.split(".") for name, _ in model.named_modules()
-        ):
-            raise StropError(
-                f"{self._name} covers dense models and {type(model).__name__} is a mixture of "
-                "experts: leave its weights as they are"
-            )
+    @property
+    def whole_zeros(self) -> bool:
+        """Whether zero is always a whole code."""
+        return True
 
-    def _refuse_layer(self, name: str, weight: Tensor) -> None:
-        width = weight.shape[-1]
-        if self.group is not None and width % self.group:
-            raise StropError(
-                f"{name} has {width} input channels, not a multiple of group={self.group}: "
-                "choose a group that divides them, or group=None"
-            )
-        if width * self.bits % 8:
-            raise StropError(
-                f"{name} has {width} input channels, whose {self.bits}-bit codes do not fill whole "
-                "bytes: use bits=8"
-            )
-        if not torch.isfinite(weight).all():
-            raise StropError(
-                f"{name}.weight holds NaN or infinity: repair the checkpoint before quantizing it"
-            )
+    @property
+    def asked(self) -> Calibrated | None:
+        """The calibration text that it wants to see, or None."""
+        return self if isinstance(self, Calibrated) else None
+
+    @abc.abstractmethod
+    def plan(self, walk: Walk, report: Report = quiet) -> BitPlan:
+        """The grid of every matrix. Raises StropError where the model or the budget does not suit."""
+
+    @abc.abstractmethod
+    def quantize(self, weight: Tensor, grid: Grid, hessian: Tensor | None = None) -> Codes:
+        """Quantize one finite matrix `[O, I]` whose inputs have a known `hessian` `[I, I]`, or None."""
+
+    def apply(
+        self, model: PreTrainedModel, text: Text | None = None, report: Report = quiet
+    ) -> PreTrainedModel:
+        """Swap every target of `model` for its packed form, in place, and return `model`.
+
+        Raises StropError as `targets` and `plan` do, before anything is quantized.
+        """
+        walk = self.walk(model, text)
+        for matrix in walk.matrices():
+            require_finite(matrix.name, matrix.read())
+        plan = self.plan(walk, report)
+        for _ in self.pack(walk, plan, report):
+            pass
+        return model
+
+    def walk(self, model: PreTrainedModel, text: Text | None, **weights: Any) -> Walk:
+        """The way through `model`, whose fused experts are split in place."""
+        refuse_quantized(model)
+        split_experts(model)
+        if self.asked and text is None:
+            raise ValueError(f"{type(self).__name__} needs calibration text")
+        return Walk(model, targets(model), text(self.asked) if self.asked and text else None, **weights)
+
+    @torch.no_grad()
+    def pack(
+        self,
+        walk: Walk,
+        plan: BitPlan,
+        report: Report = quiet,
+        kept: Callable[[Unit], dict[str, PackedLinear] | None] = lambda unit: None,
+    ) -> Iterator[tuple[Unit, dict[str, float]]]:
+        """Quantize layer by layer; yields each layer packed, with the relative squared error of each matrix.
+
+        A layer of which `kept` has the packed form is not quantized again, nor yielded.
+        """
+        grids = {row.name: row.grid for row in plan.rows}
+        flow = walk.flow() if self.hessians else None
+        done = 0
+        for unit in walk.units():
+            found, errors = kept(unit), {}
+            if found is not None:
+                for name, packed in found.items():
+                    walk.model.set_submodule(name, packed)
+            else:
+                hessians = flow.hessians(unit) if flow else {}
+                for name in [*unit.targets]:
+                    layer = unit.targets.pop(name)
+                    packed, errors[name] = self._packed(
+                        name, layer, walk, grids[name], hessians.pop(name, None)
+                    )
+                    walk.model.set_submodule(name, packed)
+                    report("quantizing", (done + len(errors)) / len(grids))
+            done += len(found or errors)
+            if flow is not None:
+                flow.advance(unit.module)
+            if found is None:
+                yield unit, errors
+
+    def _packed(
+        self, name: str, layer: nn.Module, walk: Walk, grid: Grid, hessian: Tensor | None
+    ) -> tuple[PackedLinear, float]:
+        walk.targets.pop(name)
+        weight = walk.weights.matrix(name, layer)
+        require_finite(name, weight)
+        quantized = self.quantize(weight, grid, hessian)
+        kind = PackedConv1D if isinstance(layer, Conv1D) else PackedLinear
+        return kind(quantized, grid, layer.bias), relative_error(weight, restored(quantized, grid))
 
 
-def _matrix(layer: nn.Linear | Conv1D) -> Tensor:
-    """The layer's weight as contiguous `[O, I]`; `Conv1D` keeps it transposed."""
-    return layer.weight.T.contiguous() if isinstance(layer, Conv1D) else layer.weight
+def relative_error(weight: Tensor, other: Tensor) -> float:
+    """||W - W'||^2 / ||W||^2; 0 for a matrix of zeros."""
+    weight = weight.float()
+    return float(((other.float() - weight).square().sum() / weight.square().sum()).nan_to_num())
+
+
+@dataclass(frozen=True)
+class Uniform(WeightMethod, abc.ABC):
+    """One grid for every matrix."""
+
+    bits: int = 8
+    """Width of a code, 1 to 8."""
+    group: int | None = None
+    """Input channels that share one scale; None gives one scale per output channel."""
+    symmetric: bool = True
+    """Whether zero sits in the middle of the codes; otherwise each group stores where it is."""
+
+    def __post_init__(self) -> None:
+        Grid(self.bits, self.group, self.symmetric)
+
+    @property
+    def grid(self) -> Grid:
+        """Which numbers a group of weights may take."""
+        return Grid(self.bits, self.group, self.symmetric)
+
+    def settings(self) -> str:
+        return self.spell(str(self.grid), "bits", "group", "symmetric")
+
+    def plan(self, walk: Walk, report: Report = quiet) -> BitPlan:
+        """The same grid for all."""
+        require_fit(walk.matrices(), [self.grid])
+        rows = tuple(row(matrix, self.grid) for matrix in walk.matrices())
+        return BitPlan(rows=rows, method=type(self).__name__.lower(), said=f"every matrix {self.grid}")
+
+
+def row(matrix: Matrix, grid: Grid, **found: Any) -> Row:
+    """A matrix's line of a plan."""
+    bits = grid.effective_bits(matrix.shape[1])
+    return Row(
+        name=matrix.name, shape=matrix.shape, expert=matrix.expert, grid=grid, effective_bits=bits, **found
+    )
+
+
+def targets(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers that are quantized, by name: those of the decoder layers, without routers.
+
+    Raises StropError if there is none, or if two of them share one matrix.
+    """
+    inside = {id(module) for module in decoder_layers(model).modules()}
+    found = {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) in (nn.Linear, Conv1D)
+        and id(layer) in inside
+        and name.rpartition(".")[2] not in IGNORED
+    }
+    if not found:
+        raise StropError(
+            f"there is no nn.Linear or Conv1D to quantize in the layers of {type(model).__name__}: pass a "
+            "transformers causal language model that is not packed yet"
+        )
+    owners: dict[int, str] = {}
+    for name, layer in found.items():
+        other = owners.setdefault(_place(layer.weight), name)
+        if other != name:
+            raise StropError(
+                f"{name} and {other} share one matrix, which would be stored twice: leave the weights of a "
+                f"{type(model).__name__} as they are"
+            )
+    return found
+
+
+def refuse_quantized(model: PreTrainedModel) -> None:
+    """Raise StropError if the checkpoint is quantized already."""
+    if getattr(model.config, "quantization_config", None) is not None or any(
+        isinstance(module, PackedLinear) for module in model.modules()
+    ):
+        raise StropError(
+            "this checkpoint is already quantized, and quantizing it again would add errors: load the 16-bit "
+            "checkpoint that it was made from"
+        )
+
+
+def require_finite(name: str, weight: Tensor) -> None:
+    """Raise StropError if a matrix holds numbers that are none."""
+    if not torch.isfinite(weight).all():
+        raise StropError(f"{name}.weight holds NaN or infinity: repair the checkpoint before quantizing it")
+
+
+def require_fit(matrices: Sequence[Matrix], grids: Sequence[Grid]) -> None:
+    """Raise StropError unless the rows of every matrix divide into groups and bytes of all of `grids`."""
+    for matrix in matrices:
+        for grid in grids:
+            _refuse_width(matrix, grid)
+
+
+def _refuse_width(matrix: Matrix, grid: Grid) -> None:
+    width = matrix.shape[1]
+    if width % grid.width(width):
+        raise StropError(
+            f"{matrix.name} has {width} input channels, not a multiple of group={grid.group}: choose a "
+            "group that divides them, or group=None"
+        )
+    if grid.bits != 8 and width % 8:
+        raise StropError(
+            f"{matrix.name} has {width} input channels, whose {grid.bits}-bit codes do not fill whole "
+            "bytes: use bits=8"
+        )
+
+
+def _place(weight: Tensor) -> int:
+    """Where a matrix lies; on the meta device, which tensor it is."""
+    return id(weight) if weight.is_meta else weight.data_ptr()

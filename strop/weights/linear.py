@@ -1,7 +1,7 @@
-"""A linear layer whose weights are stored as packed integer codes and per-group scales.
+"""A linear layer whose weights are stored as packed integer codes, scales and zeros.
 
-The matrix is rebuilt at every forward pass, so this layer saves memory and not time. Left out: zero
-points (codes lie symmetrically around zero) and kernels that multiply by the codes directly.
+The matrix is rebuilt at every forward pass, so this layer saves memory and not time. Left out: kernels that
+multiply by the codes directly.
 """
 
 import torch
@@ -9,51 +9,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strop.core.bits import pack, unpack
+from strop.weights.grid import Codes, Grid, dequantize
 
 
 class PackedLinear(nn.Module):
-    """Stands in for an `nn.Linear` `[O, I]` and takes `O * I * bits / 8` bytes, and the scales.
+    """Stands in for an `nn.Linear` `[O, I]` and takes `O * I * bits / 8` bytes, the scales and the zeros.
 
-    `codes` is `[O, I]` uint8, where code `c` means the integer `c - 2**(bits - 1)`; `scale` is
-    `[O, I / group]` in the model's dtype; `bias` is `[O]` or None. Raises ValueError if one row of
-    codes does not fill whole bytes.
+    `bias` is `[O]` or None. Raises ValueError if one row of codes does not fill whole bytes.
     """
 
     packed: Tensor
     scale: Tensor
+    zero: Tensor | None
     bias: nn.Parameter | None
 
-    def __init__(self, codes: Tensor, scale: Tensor, bits: int, bias: nn.Parameter | None = None):
+    def __init__(self, quantized: Codes, grid: Grid, bias: nn.Parameter | None = None):
         super().__init__()
-        self.out_features, self.in_features = codes.shape
-        self.bits = bits
-        self.group = self.in_features // scale.shape[-1]
-        self.register_buffer("packed", pack(codes, bits))
-        self.register_buffer("scale", scale)
+        self.out_features, self.in_features = quantized.codes.shape
+        self.grid = grid
+        self.register_buffer("packed", pack(quantized.codes, grid.bits))
+        self.register_buffer("scale", quantized.scale)
+        self.register_buffer("zero", quantized.zero)
         self.register_parameter("bias", bias)
 
+    @classmethod
+    def empty(cls, layer: nn.Module, grid: Grid) -> "PackedLinear":
+        """The packed form of a linear layer on the meta device, its tensors yet to be loaded."""
+        outputs, inputs = matrix(layer).shape
+        groups = (outputs, inputs // grid.width(inputs))
+        with torch.device("meta"):
+            scale = torch.empty(groups, dtype=layer.weight.dtype)
+            zero = None if grid.symmetric else torch.empty(groups, dtype=layer.weight.dtype)
+            return cls(Codes(torch.empty(outputs, inputs, dtype=torch.uint8), scale, zero), grid, layer.bias)
+
     @property
-    def integers(self) -> Tensor:
-        """The signed integers `[O, I]` int8, unpacked at every access."""
-        codes = unpack(self.packed, self.bits)
-        return (codes - 2 ** (self.bits - 1)).view(torch.int8)
+    def codes(self) -> Tensor:
+        """The codes `[O, I]` uint8, unpacked at every access."""
+        return unpack(self.packed, self.grid.bits)
 
     @property
     def weight(self) -> Tensor:
         """The dense matrix `[O, I]` in the dtype of `scale`, rebuilt at every access."""
-        grouped = self.integers.to(self.scale.dtype).unflatten(-1, (-1, self.group))
-        return grouped.mul_(self.scale.unsqueeze(-1)).flatten(-2)
+        return dequantize(self.codes, self.scale, self.grid.middle if self.zero is None else self.zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., I]` to `[..., O]`."""
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bits={self.bits}, group={self.group}, bias={self.bias is not None}"
-        )
+        shape = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{shape}, {self.grid}, bias={self.bias is not None}"
 
 
 class PackedConv1D(PackedLinear):
     """A `PackedLinear` in the place of GPT-2's `Conv1D`; compressed-tensors has no name for it."""
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """A linear layer's weight as contiguous `[O, I]`; `Conv1D` keeps it transposed."""
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight.T
+    return weight.detach().contiguous()

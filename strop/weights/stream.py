@@ -1,0 +1,194 @@
+"""Quantize a checkpoint layer by layer, from its shards into a new folder, which appears when it is complete.
+
+One decoder layer is in memory at a time. What is done lies in a hidden folder beside the new one, so that a
+killed run can go on. Left out: checkpoints that hold more than a language model.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from strop.core.checkpoint import TOLD, Checkpoint
+from strop.core.errors import StropError
+from strop.core.files import digest
+from strop.weights import compressed, packed
+from strop.weights.alphaq import spectrum
+from strop.weights.base import WeightMethod, quiet, refuse_quantized
+from strop.weights.draft import Draft
+from strop.weights.linear import PackedLinear
+from strop.weights.plan import BitPlan
+from strop.weights.readers import Readers, readers
+from strop.weights.spectrum import tile_for
+from strop.weights.stored import Stored, skeleton
+from strop.weights.text import Text
+from strop.weights.walk import Report, Unit, Walk
+
+PLAN, TABLE, RECIPE = "plan.yaml", "matrices.csv", "strop.yaml"
+"""In a quantized folder: the bit plan, the same as a table, and the recipe."""
+
+
+class Quantized(NamedTuple):
+    """A quantized checkpoint."""
+
+    plan: BitPlan
+    readers: Readers
+    bytes: int
+    """Of all shards."""
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    method: WeightMethod,
+    out: Path,
+    recipe: str,
+    text: Text | None = None,
+    resume: bool = False,
+    report: Report = quiet,
+) -> Quantized:
+    """Write `checkpoint`, quantized by `method`, to the new folder `out`.
+
+    `recipe` is kept beside it. With `resume`, what an interrupted run of the same recipe left is kept. Raises
+    StropError before anything is written where the checkpoint, the method or `out` do not suit.
+    """
+    refuse_place(checkpoint, out)
+    stored, walk = open_checkpoint(checkpoint, method, text)
+    with Draft(out, _key(checkpoint, recipe), resume) as draft:
+        plan = draft.plan or draft.keep(method.plan(walk, report))
+        found = readers(plan, method.whole_zeros, walk.targets)
+        layout = Layout(stored, plan, found.compressed)
+        walk.weights = spectra = Spectra(stored, plan)
+        for unit, errors in method.pack(walk, plan, report, lambda unit: layout.restored(unit, draft)):
+            draft.add(unit.name, layout.state(unit), spectra.told(errors))
+        draft.add_rest(stored.rest())
+        plan = replace(plan, rows=tuple(replace(row, **draft.found.get(row.name, {})) for row in plan.rows))
+        _write_told(checkpoint, draft.folder, layout.config())
+        (draft.folder / RECIPE).write_text(recipe, encoding="utf-8")
+        (draft.folder / TABLE).write_text(plan.to_csv(), encoding="utf-8")
+        plan.save(draft.folder / PLAN)
+        size = draft.finish()
+    return Quantized(plan, found, size)
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint, method: WeightMethod, text: Text | None = None, report: Report = quiet
+) -> tuple[BitPlan, Readers]:
+    """What `quantize_checkpoint` would do, without writing anything."""
+    _, walk = open_checkpoint(checkpoint, method, text)
+    plan = method.plan(walk, report)
+    return plan, readers(plan, method.whole_zeros, walk.targets)
+
+
+def open_checkpoint(checkpoint: Checkpoint, method: WeightMethod, text: Text | None) -> tuple[Stored, Walk]:
+    """The checkpoint's weights, and the way of `method` through them."""
+    model = skeleton(checkpoint)
+    refuse_quantized(model)
+    stored = Stored(checkpoint, model)
+    walk = method.walk(model, text, weights=stored)
+    if walk.text is not None:
+        stored.load_rest()
+    return stored, walk
+
+
+class Layout:
+    """How packed layers are named and stored in the new checkpoint."""
+
+    def __init__(self, stored: Stored, plan: BitPlan, as_compressed: bool) -> None:
+        self.stored = stored
+        self.grids = {row.name: row.grid for row in plan.rows}
+        self.names = {name: stored.stored_name(name) if as_compressed else name for name in self.grids}
+        self.form: Any = compressed if as_compressed else packed
+        self.others = [
+            name
+            for name, layer in stored.model.named_modules()
+            if isinstance(layer, nn.Linear) and name not in self.grids
+        ]
+
+    def state(self, unit: Unit) -> dict[str, Tensor]:
+        """The tensors of a packed layer."""
+        found: dict[str, Tensor] = {}
+        inside: list[str] = []
+        for name, layer in unit.module.named_modules(prefix=unit.name):
+            if isinstance(layer, PackedLinear):
+                found |= self.form.state(self.names[name], layer)
+                inside.append(f"{name}.")
+        for key, tensor in unit.module.state_dict(prefix=f"{unit.name}.").items():
+            if not key.startswith(tuple(inside)):
+                found[self.stored.places[key].name] = tensor.contiguous()
+        return found
+
+    def restored(self, unit: Unit, draft: Draft) -> dict[str, PackedLinear] | None:
+        """The packed layers that an interrupted run has stored, or None."""
+        if (shard := draft.shard(unit.name)) is None:
+            return None
+        tensors = load_file(shard)
+        return {
+            name: self.form.restore(tensors, self.names[name], layer, self.grids[name])
+            for name, layer in unit.targets.items()
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The `quantization_config`."""
+        named = {self.names[name]: grid for name, grid in self.grids.items()}
+        return self.form.describe(named, self.others)
+
+
+class Spectra:
+    """Hands out stored matrices, and looks at the spectrum of those whose exponent a plan leaves open."""
+
+    def __init__(self, stored: Stored, plan: BitPlan) -> None:
+        self.stored = stored
+        self.open = {row.name for row in plan.rows if row.alpha is None}
+        self.tile = _tile([row.shape for row in plan.rows])
+        self.found: dict[str, dict[str, float]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stored, name)
+
+    def matrix(self, name: str, layer: nn.Module) -> Tensor:
+        """The matrix `[O, I]` of a layer."""
+        weight = self.stored.matrix(name, layer)
+        if name in self.open and self.tile and (alpha := spectrum(weight, self.tile)):
+            self.found[name] = {"alpha": alpha.alpha, "alpha_se": alpha.se}
+        return weight
+
+    def told(self, errors: Mapping[str, float]) -> dict[str, dict[str, float]]:
+        """What was found of matrices, with the errors of rounding them."""
+        return {name: self.found.pop(name, {}) | {"measured": error} for name, error in errors.items()}
+
+
+def refuse_place(checkpoint: Checkpoint, out: Path) -> None:
+    """Raise StropError unless `out` is free, and not inside the checkpoint."""
+    place, source = out.resolve(), checkpoint.path.resolve()
+    if place == source or source in place.parents:
+        raise StropError(f"{out} is the model's own folder: name another one for the result")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise StropError(f"{out} exists already: name a new folder, or remove it")
+
+
+def _key(checkpoint: Checkpoint, recipe: str) -> str:
+    """Names what a result depends on; shards are told by size and time, since reading them takes long."""
+    stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
+    return digest(str(checkpoint.path.resolve()), stats, checkpoint.config, recipe)
+
+
+def _tile(shapes: Sequence[tuple[int, int]]) -> int | None:
+    """The tile size for all, or None where the smallest matrix has no room for tiles."""
+    try:
+        return tile_for(shapes)
+    except StropError:
+        return None
+
+
+def _write_told(checkpoint: Checkpoint, folder: Path, told: dict[str, Any]) -> None:
+    """The configuration with what was quantized, and the tokenizer's files as they were."""
+    config = checkpoint.config | {"quantization_config": told}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in TOLD:
+        if name != "config.json" and (checkpoint.path / name).is_file():
+            shutil.copyfile(checkpoint.path / name, folder / name)
