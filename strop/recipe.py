@@ -65,7 +65,7 @@ METHODS: dict[str, dict[str, type]] = {
 SLOTS = tuple(METHODS)
 
 ALWAYS: dict[str, tuple[Method, ...]] = {
-    "weights": (RTN(bits=8), RTN(bits=4, group=128), GPTQ(bits=4, group=128)),
+    "weights": (RTN(bits=8), RTN(bits=4, group=128), GPTQ(bits=4, group=128, samples=32)),
     "kv": (
         Quantized(backend="fp8", bits=8),
         Quantized(backend="hqq", bits=4),

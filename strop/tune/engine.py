@@ -30,6 +30,7 @@ from strop.tune.measure import Bench, Report, describe
 from strop.tune.report import write_report
 from strop.tune.settings import Settings
 from strop.tune.workload import PROBLEMS, Workload, build
+from strop.weights.base import WeightMethod
 from strop.weights.experts import has_experts
 
 SURVIVORS = 2
@@ -118,6 +119,7 @@ class Study:
         self.fingerprint = base.checkpoint.fingerprint()
         self.deadline = time.monotonic() + 60 * (settings.budget_minutes or float("inf"))
         self.left_out = 0
+        self.packed: dict[WeightMethod | None, Model] = {}
 
     def run(self) -> list[Row]:
         """Measure the baseline, every slot alone, then compositions of the survivors."""
@@ -187,7 +189,7 @@ class Study:
 
         share("starting", 0.0)
         try:
-            row = self.bench.row(self.base.with_(**recipe.methods()), share)
+            row = self.bench.row(self._model(recipe), share)
         except StropError as error:
             row = describe(recipe) | {"status": "refused", "reason": str(error), "seconds": 0.0}
         except Exception as error:  # a fault of one method, often a peer's, does not end the study
@@ -197,6 +199,14 @@ class Study:
             return describe(recipe) | {"status": "failed", "reason": reason, "seconds": 0.0}
         self.store.put(key, names, row)
         return self.store.get(key) or row
+
+    def _model(self, recipe: Recipe) -> Model:
+        """The model under a recipe; the newest `SURVIVORS` weights methods are not applied again."""
+        if recipe.weights not in self.packed:
+            if len(self.packed) == SURVIVORS:
+                self.packed.pop(next(iter(self.packed)))
+            self.packed[recipe.weights] = self.base.with_(weights=recipe.weights)
+        return self.packed[recipe.weights].with_(**recipe.methods())
 
     def _names(self, recipe: Recipe) -> dict[str, Any]:
         return {

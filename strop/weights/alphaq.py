@@ -52,13 +52,8 @@ class Allocated(WeightMethod, abc.ABC):
     """Who shares a width: "matrix" (nobody), "expert", or "layer" (all experts of one, as engines need)."""
 
     def __post_init__(self) -> None:
-        known = {
-            "weighting": WEIGHTINGS,
-            "noise": NOISES,
-            "solver": tuple(SOLVERS),
-            "granularity": GRANULARITIES,
-        }
-        for name, values in known.items():
+        object.__setattr__(self, "bits", float(self.bits))
+        for name, values in CHOICES.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if not self.widths or list(self.widths) != sorted(set(self.widths)):

@@ -29,8 +29,6 @@ from strop.weights.grid import Codes, Grid
 from strop.weights.linear import PackedLinear
 
 FORMAT = CompressionFormat.pack_quantized.value
-EVERY = "Linear"
-"""The target that stands for every linear layer."""
 
 
 def describe(grids: Mapping[str, Grid], others: Iterable[str]) -> dict[str, Any]:
@@ -38,10 +36,9 @@ def describe(grids: Mapping[str, Grid], others: Iterable[str]) -> dict[str, Any]
     kinds: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         kinds.setdefault(grid, []).append(name)
-    targets = {grid: [EVERY] if len(kinds) == 1 else [*_targets(names)] for grid, names in kinds.items()}
     groups = {
-        f"group_{index}": QuantizationScheme(targets=names, weights=_args(grid), format=FORMAT)
-        for index, (grid, names) in enumerate(targets.items())
+        f"group_{index}": QuantizationScheme(targets=[*_targets(names)], weights=_args(grid), format=FORMAT)
+        for index, (grid, names) in enumerate(kinds.items())
     }
     config = QuantizationConfig(
         config_groups=groups,

@@ -20,7 +20,6 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from strop.core.causal import FROM_FOLDER
 from strop.core.checkpoint import Checkpoint
 from strop.core.errors import StropError
-from strop.weights import compressed
 from strop.weights.experts import split_experts
 from strop.weights.grid import Grid
 from strop.weights.linear import PackedConv1D, PackedLinear
@@ -103,8 +102,11 @@ class StropQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         split_experts(model)
         told = self.quantization_config.__dict__
-        foreign = told.get(FOREIGN)
-        grids = grids_of(told) if foreign is None else compressed.grids_of(foreign, model)
+        grids, place = grids_of(told), hollow
+        if (foreign := told.get(FOREIGN)) is not None:
+            from strop.weights import compressed
+
+            grids, place = compressed.grids_of(foreign, model), compressed.Shell
         for name, grid in grids.items():
             try:
                 layer = model.get_submodule(name)
@@ -113,13 +115,15 @@ class StropQuantizer(HfQuantizer):
                     f"the checkpoint packs {name}, which a {type(model).__name__} does not have: restore "
                     "config.json"
                 ) from error
-            model.set_submodule(
-                name, hollow(layer, grid) if foreign is None else compressed.Shell(layer, grid)
-            )
+            model.set_submodule(name, place(layer, grid))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        if FOREIGN not in self.quantization_config.__dict__:
+            return
+        from strop.weights.compressed import Shell
+
         for name, layer in [*model.named_modules()]:
-            if isinstance(layer, compressed.Shell):
+            if isinstance(layer, Shell):
                 model.set_submodule(name, layer.packed())
 
     def get_weight_conversions(self) -> list:
@@ -153,5 +157,5 @@ def config_for(checkpoint: Checkpoint) -> PreTrainedConfig | None:
     if not isinstance(told, dict) or told.get("quant_method") != "compressed-tensors":
         return None
     config = AutoConfig.from_pretrained(checkpoint.path, **FROM_FOLDER)
-    config.quantization_config = {"quant_method": METHOD, "version": VERSION, FOREIGN: told}
+    config.quantization_config = describe({}) | {FOREIGN: told}
     return config

@@ -10,6 +10,7 @@ from torch import nn
 
 from strop.weights.grid import Grid
 from strop.weights.plan import BitPlan
+from strop.weights.rules import fused_conflicts
 
 SERVED = (4, 8)
 """Widths that vLLM has kernels for on a GPU; on a CPU it has them for 4 bits alone, and none for experts."""
@@ -28,22 +29,24 @@ class Readers:
 def readers(plan: BitPlan, whole_zeros: bool, layers: Mapping[str, nn.Module]) -> Readers:
     """Who reads the layers quantized by `plan`; `whole_zeros` as a method's."""
     if why := _not_compressed(plan, whole_zeros, layers):
-        return Readers(False, ("strop",), (f"strop's own format, since {why}",))
+        note = "transformers reads it after strop.weights.register()"
+        return Readers(False, ("strop",), (f"strop's own format, since {why}", note))
     engines, said = ["strop"], []
     experts = {row.grid for row in plan.experts}
     if any(not row.grid.symmetric for row in plan.rows):
         said.append("transformers reads no compressed-tensors folder with zero points")
     elif len(experts) > 1:
-        said.append(
-            "transformers would read all experts at one width, and so wrong: load it with strop or vLLM"
-        )
+        said.append("transformers would read all experts at one width, and so wrong")
     else:
         engines.append("transformers")
+    conflicts = fused_conflicts(plan)
     odd = sorted({row.grid.bits for row in plan.rows} - set(SERVED))
     if odd:
         said.append(
             f"vLLM has no kernel for {', '.join(map(str, odd))} bits, only for {SERVED[0]} and {SERVED[1]}"
         )
+    elif conflicts:
+        said.append(f"vLLM multiplies some matrices at once: {conflicts[0]}")
     elif any(not grid.symmetric for grid in experts):
         said.append("vLLM serves no experts with zero points")
     else:

@@ -58,7 +58,7 @@ def quantize_checkpoint(
     """
     refuse_place(checkpoint, out)
     stored, walk = open_checkpoint(checkpoint, method, text)
-    with Draft(out, _key(checkpoint, recipe), resume) as draft:
+    with Draft(out, _key(checkpoint, recipe, walk.text), resume) as draft:
         plan = draft.plan or draft.keep(method.plan(walk, report))
         found = readers(plan, method.whole_zeros, walk.targets)
         layout = Layout(stored, plan, found.compressed)
@@ -171,10 +171,11 @@ def refuse_place(checkpoint: Checkpoint, out: Path) -> None:
         raise StropError(f"{out} exists already: name a new folder, or remove it")
 
 
-def _key(checkpoint: Checkpoint, recipe: str) -> str:
+def _key(checkpoint: Checkpoint, recipe: str, text: Tensor | None) -> str:
     """Names what a result depends on; shards are told by size and time, since reading them takes long."""
+    seen = None if text is None else text.tolist()
     stats = [(shard.name, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in checkpoint.shards]
-    return digest(str(checkpoint.path.resolve()), stats, checkpoint.config, recipe)
+    return digest(str(checkpoint.path.resolve()), stats, checkpoint.config, recipe, seen)
 
 
 def _tile(shapes: Sequence[tuple[int, int]]) -> int | None:
