@@ -1,4 +1,4 @@
-"""Measure the table "KV methods side by side" of README and docs, on both bundled models.
+"""Measure the table "KV methods side by side" of README and docs, on `coder` and `reasoner`.
 
     python docs/measure_kv.py --out docs/results/kv.json
 

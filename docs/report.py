@@ -63,7 +63,7 @@ def demo(study: dict[str, Any]) -> str:
 
 
 def kv(results: dict[str, Any]) -> str:
-    """KV methods side by side on both bundled models."""
+    """KV methods side by side on `coder` and `reasoner`."""
     rows = []
     for row in results["rows"]:
         sizes = [f"{size['measured']:.0f} ({size['mean']:.0f})" for size in row["bytes_per_token"].values()]
@@ -162,6 +162,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "vase": ("claims.json", partial(verdicts, paper="vase")),
     "treeflash": ("claims.json", partial(verdicts, paper="treeflash")),
     "caddtree": ("claims.json", partial(verdicts, paper="caddtree")),
+    "alphaq": ("claims.json", partial(verdicts, paper="alphaq")),
 }
 
 
