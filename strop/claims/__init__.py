@@ -35,11 +35,18 @@ def _caddtree(scale: str, report: Report) -> list[Claim]:
     return claims(scale, report)
 
 
+def _alphaq(scale: str, report: Report) -> list[Claim]:
+    from strop.claims.alphaq import claims
+
+    return claims(scale, report)
+
+
 PAPERS: dict[str, Callable[[str, Report], list[Claim]]] = {
     "kvarn": _kvarn,
     "vase": _vase,
     "treeflash": _treeflash,
     "caddtree": _caddtree,
+    "alphaq": _alphaq,
 }
 """Key of each paper and what measures its claims; an experiment is imported when it runs."""
 
