@@ -60,7 +60,6 @@ TINY = Scale(
     length=32,
     tuning=2,
     draws=2,
-    few=2,
     samples=2,
     gptq_samples=4,
     quantizer=RTN(bits=4, group=64, symmetric=False),

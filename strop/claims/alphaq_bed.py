@@ -75,9 +75,7 @@ class Scale:
     tuning: int = 6
     """Rows of the training side that gamma is tuned on, and single matrices are judged on."""
     draws: int = 6
-    """Draws at the main budget of whatever an allocation depends on."""
-    few: int = 3
-    """Draws at all other budgets."""
+    """Draws of whatever an allocation depends on."""
     samples: int = 16
     """Calibration rows of 256 tokens for PMQ."""
     gptq_samples: int = 128
@@ -89,7 +87,7 @@ class Scale:
 SCALES = {
     "cpu": Scale(name="cpu"),
     "gpu": Scale(
-        name="gpu", device="cuda", texts=96, tuning=24, draws=20, few=10, samples=64, gptq_samples=256
+        name="gpu", device="cuda", texts=96, tuning=24, draws=20, samples=64, gptq_samples=256
     ),
 }
 
@@ -193,8 +191,7 @@ def sweep_study(one: Subject, texts: Texts, scale: Scale, known: Facts, progress
     ]
     for budget in scale.budgets:
         progress(f"spending {budget:g} bits, {one.name}")
-        draws = scale.draws if budget == MAIN else scale.few
-        ways = allocators(known, one.bank, scale.quantizer, budget, draws, texts.training, scale.samples)
+        ways = allocators(known, one.bank, scale.quantizer, budget, scale.draws, texts.training, scale.samples)
         for name, plans in ways.items():
             if budget == MAIN or name in SWEPT:
                 known.plans[name, budget] = plans()
