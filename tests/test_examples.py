@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SHOWN = {"draft_on_transformers": "the same text"}
+SHOWN = {"draft_on_transformers": "the same text", "quantize_experts": "matrices by width"}
 """What an example prints; the others name a method."""
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
