@@ -1,4 +1,4 @@
-"""Bits for the experts of a mixture of experts, on a bare transformers model: who gets how many, at what cost.
+"""Bits for the experts of a mixture of experts, on a bare transformers model: who gets how many bits.
 
 python examples/quantize_experts.py [CHECKPOINT_FOLDER]
 """
