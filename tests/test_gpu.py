@@ -8,6 +8,8 @@ from strop.audit import speed
 from strop.decode import CaDDTree, DDTree
 from strop.kv import KIVI, HadamardRTN, KVarN
 from strop.kv.kvarn import varn
+from strop.weights import GPTQ, PMQ, RTN, AlphaQ
+from strop.weights.linear import PackedLinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -63,6 +65,35 @@ def test_drafts_change_nothing(drafter, kv, seed, tmp_path, monkeypatch):
     plain = lm.generate(prompts, 64, seed=seed)
     for decode in (CaDDTree(drafter=drafter), DDTree(drafter=drafter, budget=24)):
         assert lm.with_(decode=decode).generate(prompts, 64, seed=seed) == plain
+
+
+WEIGHTS = [
+    RTN(bits=8),
+    RTN(bits=3, group=128, symmetric=False),
+    GPTQ(samples=8, length=128),
+    AlphaQ(bits=2.5),
+    PMQ(bits=2.5, samples=8, length=128),
+]
+
+
+@pytest.mark.parametrize("method", WEIGHTS, ids=lambda method: type(method).__name__)
+def test_packed_weights_are_those_of_the_cpu(method):
+    here, there = (strop.load("zoo:moe", "fp32", device).with_(weights=method) for device in ("cpu", "cuda"))
+    packed = {
+        name: layer.codes for name, layer in here.model.named_modules() if isinstance(layer, PackedLinear)
+    }
+    others = {
+        name: layer.codes for name, layer in there.model.named_modules() if isinstance(layer, PackedLinear)
+    }
+    assert packed.keys() == others.keys() and len(packed) == 4 * (4 + 3 + 8 * 3)
+    same = [(codes == others[name].cpu()).float().mean().item() for name, codes in packed.items()]
+    assert min(same) > (0.9 if method.hessians else 0.999)  # a calibrated one rounds what it was fed
+    ids = torch.tensor([here.encode("def main():\n    return 1\n" * 8)])
+    with torch.no_grad():
+        dense = here.model(ids).logits.softmax(-1)
+        apart = (dense - there.model(ids.cuda()).logits.softmax(-1).cpu()).abs().sum(-1).mean()
+    assert apart < (0.1 if method.hessians else 0.01)
+    assert there.generate(["import os\n"], 8)[0]
 
 
 def test_study_runs(tmp_path, monkeypatch):
