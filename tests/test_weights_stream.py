@@ -133,7 +133,8 @@ def test_memory_is_that_of_a_layer(tmp_path):
     save(build("llama", torch.bfloat16), tmp_path / "small")
     size = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 32}
     large = save(build("llama", torch.bfloat16, **size), tmp_path / "large", "10MB")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    places = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
     command = [sys.executable, "-c", MEASURED, str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr

@@ -86,9 +86,7 @@ class Scale:
 
 SCALES = {
     "cpu": Scale(name="cpu"),
-    "gpu": Scale(
-        name="gpu", device="cuda", texts=96, tuning=24, draws=20, samples=64, gptq_samples=256
-    ),
+    "gpu": Scale(name="gpu", device="cuda", texts=96, tuning=24, draws=20, samples=64, gptq_samples=256),
 }
 
 
@@ -191,7 +189,8 @@ def sweep_study(one: Subject, texts: Texts, scale: Scale, known: Facts, progress
     ]
     for budget in scale.budgets:
         progress(f"spending {budget:g} bits, {one.name}")
-        ways = allocators(known, one.bank, scale.quantizer, budget, scale.draws, texts.training, scale.samples)
+        how = (scale.draws, texts.training, scale.samples)
+        ways = allocators(known, one.bank, scale.quantizer, budget, *how)
         for name, plans in ways.items():
             if budget == MAIN or name in SWEPT:
                 known.plans[name, budget] = plans()

@@ -6,7 +6,7 @@ codes, and layers that are no `nn.Linear`.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def restore(tensors: Mapping[str, Tensor], name: str, layer: nn.Module, grid: Gr
         key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")
     }
     bias = nn.Parameter(own["bias"], requires_grad=False) if "bias" in own else None
-    return PackedLinear(_codes(own, grid), grid, bias)
+    return PackedLinear(_codes(own, grid, layer.weight.shape), grid, bias)
 
 
 class Shell(nn.Module):
@@ -83,8 +83,8 @@ class Shell(nn.Module):
 
     def __init__(self, layer: nn.Module, grid: Grid) -> None:
         super().__init__()
-        self.grid = grid
-        outputs, inputs = layer.weight.shape
+        self.grid, self.shape = grid, layer.weight.shape
+        outputs, inputs = self.shape
         groups, dtype = inputs // grid.width(inputs), layer.weight.dtype
         with torch.device("meta"):
             self.register_buffer(
@@ -100,7 +100,7 @@ class Shell(nn.Module):
     def packed(self) -> PackedLinear:
         """The layer, once its tensors are there."""
         bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
-        return PackedLinear(_codes(self.state_dict(), self.grid), self.grid, bias)
+        return PackedLinear(_codes(self.state_dict(), self.grid, self.shape), self.grid, bias)
 
 
 def grids_of(told: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Grid]:
@@ -128,8 +128,8 @@ def grids_of(told: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Grid]
     return found
 
 
-def _codes(own: Mapping[str, Tensor], grid: Grid) -> Codes:
-    outputs, inputs = own["weight_shape"].tolist()
+def _codes(own: Mapping[str, Tensor], grid: Grid, shape: Sequence[int]) -> Codes:
+    outputs, inputs = shape
     middle, scale = 2 ** (grid.bits - 1), own["weight_scale"].detach()
     words = unpack_from_int32(own["weight_packed"], grid.bits, torch.Size([outputs, inputs]))
     zero = None

@@ -95,9 +95,9 @@ def scales(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
         scale = _round_up(torch.maximum(2 * distance, mean.abs() / FARTHEST), weight.dtype)
         return scale, None if grid.symmetric else (0.5 - mean / scale.float()).to(weight.dtype)
     if grid.symmetric:
-        return _round_up(grouped.abs().amax(-1) / ((2**grid.bits - 1) / 2), weight.dtype), None
+        return _round_up(_over(grouped.abs().amax(-1), (2**grid.bits - 1) / 2), weight.dtype), None
     low, high = grouped.amin(-1).clamp_max_(0), grouped.amax(-1).clamp_min_(0)
-    scale = _round_up((high - low) / (2**grid.bits - 1), weight.dtype)
+    scale = _round_up(_over(high - low, 2**grid.bits - 1), weight.dtype)
     return scale, (-low / scale.float()).round_().to(weight.dtype)
 
 
@@ -107,6 +107,11 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, grid: Grid) -> Te
     middle = grid.middle if zero is None else zero.float().unsqueeze(-1)
     steps = (grouped / scale.float().unsqueeze(-1)).add_(middle).round_()
     return steps.clamp_(0, 2**grid.bits - 1).to(torch.uint8).flatten(-2)
+
+
+def _over(values: Tensor, steps: float) -> Tensor:
+    """`values / steps`, the same on all devices: CUDA multiplies by the rounded inverse of a plain number."""
+    return values / torch.full_like(values, steps)
 
 
 def _round_up(values: Tensor, dtype: torch.dtype) -> Tensor:

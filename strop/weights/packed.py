@@ -6,7 +6,7 @@ to read it. Engines other than transformers do not.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,8 +116,15 @@ class StropQuantizer(HfQuantizer):
                     "config.json"
                 ) from error
             model.set_submodule(name, place(layer, grid))
+        self.shapes = {key: tensor.shape for key, tensor in _stored(model, grids)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        for key, tensor in _stored(model, {key.rpartition(".")[0] for key in self.shapes}):
+            if tensor.shape != self.shapes[key]:
+                raise StropError(
+                    f"the checkpoint stores {key} as {list(tensor.shape)}, which is "
+                    f"{list(self.shapes[key])} by config.json: restore the original files"
+                )
         if FOREIGN not in self.quantization_config.__dict__:
             return
         from strop.weights.compressed import Shell
@@ -139,6 +146,13 @@ class StropQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Codes have no gradient."""
         return False
+
+
+def _stored(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of packed layers by their names in the model."""
+    for name in names:
+        for key, tensor in model.get_submodule(name).named_buffers():
+            yield f"{name}.{key}", tensor
 
 
 def register() -> None:
