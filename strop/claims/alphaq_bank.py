@@ -184,7 +184,7 @@ def hessians(bank: Bank, texts: Tensor) -> dict[str, Tensor]:
     flow = Flow(bank.model, texts)
     found: dict[str, Tensor] = {}
     for unit in bank.walk.units():
-        found |= flow.hessians(unit)
+        found |= flow.hessians(unit).matrices
         flow.advance(unit.module)
     return found
 

@@ -80,6 +80,8 @@ def _require_whole(model: PreTrainedModel, loaded: dict[str, Any], path: Path) -
 
 
 def _require_finite(model: PreTrainedModel, path: Path) -> None:
-    for name, tensor in model.named_parameters():
-        if not math.isfinite(tensor.detach().float().sum().item()) and not tensor.isfinite().all():
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not tensor.is_floating_point() or math.isfinite(tensor.detach().float().sum().item()):
+            continue
+        if not tensor.isfinite().all():
             raise StropError(f"{path}: weight {name} holds NaN or infinity: download it again")

@@ -27,6 +27,10 @@ from strop.weights.walk import Matrix, Report, Unit, Walk
 IGNORED = frozenset({"lm_head", "router", "gate", "shared_expert_gate"})
 
 
+Found = dict[str, dict[str, float]]
+"""What was found of matrices, by name, as columns of a plan."""
+
+
 def quiet(what: str, share: float) -> None:
     """A report that nobody reads."""
 
@@ -87,33 +91,33 @@ class WeightMethod(Method, abc.ABC):
         plan: BitPlan,
         report: Report = quiet,
         kept: Callable[[Unit], dict[str, PackedLinear] | None] = lambda unit: None,
-    ) -> Iterator[tuple[Unit, dict[str, float]]]:
-        """Quantize layer by layer; yields each layer packed, with the relative squared error of each matrix.
+    ) -> Iterator[tuple[Unit, Found]]:
+        """Quantize layer by layer; yields each layer packed, with what was found of each matrix.
 
+        `measured` is the relative squared error, `tokens` what the layer was fed, where that was watched.
         A layer of which `kept` has the packed form is not quantized again, nor yielded.
         """
         grids = {row.name: row.grid for row in plan.rows}
         flow = walk.flow() if self.hessians else None
         done = 0
         for unit in walk.units():
-            found, errors = kept(unit), {}
-            if found is not None:
-                for name, packed in found.items():
+            stored, found = kept(unit), Found()
+            if stored is not None:
+                for name, packed in stored.items():
                     walk.model.set_submodule(name, packed)
             else:
-                hessians = flow.hessians(unit) if flow else {}
+                seen = flow.hessians(unit) if flow else None
                 for name in [*unit.targets]:
-                    layer = unit.targets.pop(name)
-                    packed, errors[name] = self._packed(
-                        name, layer, walk, grids[name], hessians.pop(name, None)
-                    )
+                    hessian = seen.matrices.pop(name, None) if seen else None
+                    packed, error = self._packed(name, unit.targets.pop(name), walk, grids[name], hessian)
+                    found[name] = {"measured": error} | ({"tokens": seen.tokens.get(name, 0)} if seen else {})
                     walk.model.set_submodule(name, packed)
-                    report("quantizing", (done + len(errors)) / len(grids))
-            done += len(found or errors)
+                    report("quantizing", (done + len(found)) / len(grids))
+            done += len(stored or found)
             if flow is not None:
                 flow.advance(unit.module)
-            if found is None:
-                yield unit, errors
+            if stored is None:
+                yield unit, found
 
     def _packed(
         self, name: str, layer: nn.Module, walk: Walk, grid: Grid, hessian: Tensor | None
@@ -122,14 +126,23 @@ class WeightMethod(Method, abc.ABC):
         weight = walk.weights.matrix(name, layer)
         require_finite(name, weight)
         quantized = self.quantize(weight, grid, hessian)
+        back = restored(quantized, grid)
+        if not torch.isfinite(back).all():
+            raise StropError(
+                f"{name}.weight is too large for {str(weight.dtype).removeprefix('torch.')} once rounded to "
+                f"{grid}: use more bits, or a bfloat16 checkpoint"
+            )
         kind = PackedConv1D if isinstance(layer, Conv1D) else PackedLinear
-        return kind(quantized, grid, layer.bias), relative_error(weight, restored(quantized, grid))
+        return kind(quantized, grid, layer.bias), relative_error(weight, back)
 
 
 def relative_error(weight: Tensor, other: Tensor) -> float:
     """||W - W'||^2 / ||W||^2; 0 for a matrix of zeros."""
-    weight = weight.float()
-    return float(((other.float() - weight).square().sum() / weight.square().sum()).nan_to_num())
+    peak = weight.abs().max().float()
+    if not peak:
+        return 0.0
+    weight = weight.float() / peak
+    return float((other.float() / peak - weight).square().sum() / weight.square().sum())
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ class Uniform(WeightMethod, abc.ABC):
 
 def row(matrix: Matrix, grid: Grid, **found: Any) -> Row:
     """A matrix's line of a plan."""
-    bits = grid.effective_bits(matrix.shape[1])
+    bits = grid.effective_bits(matrix.shape[1], matrix.itemsize)
     return Row(
         name=matrix.name, shape=matrix.shape, expert=matrix.expert, grid=grid, effective_bits=bits, **found
     )
@@ -227,7 +240,7 @@ def _refuse_width(matrix: Matrix, grid: Grid) -> None:
     if width % grid.width(width):
         raise StropError(
             f"{matrix.name} has {width} input channels, not a multiple of group={grid.group}: choose a "
-            "group that divides them, or group=None"
+            "group that divides them, or group=None (--group 0)"
         )
     if grid.bits != 8 and width % 8:
         raise StropError(

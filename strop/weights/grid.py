@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+LEAST_HALF = 2.0**-24
+"""The smallest number of float16; normal ones begin too high for scales of small weights."""
 FARTHEST = 64
 """Most steps of 1 bit between zero and the mean of a group, so that 16 bits hold where zero is."""
 
@@ -115,7 +117,9 @@ def _over(values: Tensor, steps: float) -> Tensor:
 
 
 def _round_up(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest normal positive numbers of `dtype` that are at least `values`."""
+    """The smallest positive numbers of `dtype` that are at least `values`, normal ones but for float16."""
     nearest = values.to(dtype)
     above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
-    return torch.where(nearest < values, above, nearest).clamp_min(torch.finfo(dtype).tiny)
+    return torch.where(nearest < values, above, nearest).clamp_min(
+        2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+    )

@@ -24,6 +24,7 @@ VERSION = 1
 LARGEST = 2**31
 NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 NUMBERS = ("alpha", "alpha_se", "variance", "sensitivity", "predicted", "measured")
+COUNTS = ("tokens",)
 COLUMNS: dict[str, Any] = {
     "name": str,
     "outputs": int,
@@ -34,6 +35,7 @@ COLUMNS: dict[str, Any] = {
     "symmetric": bool,
     "effective_bits": float,
     **dict.fromkeys(NUMBERS, float | None),
+    **dict.fromkeys(COUNTS, int | None),
 }
 HEAD: dict[str, Any] = {
     "method": str,
@@ -42,6 +44,7 @@ HEAD: dict[str, Any] = {
     "signal": bool | None,
     "said": str,
     "objective": float | None,
+    "tile": int | None,
 }
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -70,6 +73,8 @@ class Row:
     """||W - Q(W)||^2 / ||W||^2 as the allocator expected it at this width."""
     measured: float | None = None
     """The same as it was found when quantizing."""
+    tokens: int | None = None
+    """Tokens of calibration text that the layer was fed."""
     effective_bits: float
     """Bits a weight takes with scales and zeros."""
 
@@ -96,6 +101,8 @@ class BitPlan:
     """One plain sentence on gamma, signal and solver."""
     objective: float | None = None
     """The sum of costs that the allocator reached."""
+    tile: int | None = None
+    """Size of the tiles that every alpha was read from."""
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -226,7 +233,7 @@ def _check_row(row: Row) -> None:
 
 def _flat(row: Row) -> dict[str, Any]:
     outputs, inputs = row.shape
-    own = {key: getattr(row, key) for key in ("name", "expert", "effective_bits", *NUMBERS)}
+    own = {key: getattr(row, key) for key in ("name", "expert", "effective_bits", *NUMBERS, *COUNTS)}
     grid = {"bits": row.grid.bits, "group": row.grid.group, "symmetric": row.grid.symmetric}
     values = own | grid | {"outputs": outputs, "inputs": inputs}
     return {key: values[key] for key in COLUMNS}

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from strop.core.causal import FROM_FOLDER
+from strop.core.causal import FROM_FOLDER, not_loaded
 from strop.core.checkpoint import Checkpoint
 from strop.core.errors import StropError
 from strop.core.hooks import decoder_layers
@@ -43,22 +43,39 @@ class Stored:
             with safe_open(shard, "pt") as file:
                 self.shards |= dict.fromkeys(file.keys(), shard)
         self.layers = next(n for n, m in model.named_modules() if m is decoder_layers(model))
-        whole = model.state_dict()
-        self.shapes = {key: whole[key].shape for key in whole if key.startswith(f"{self.layers}.")}
-        self.places = {key: self._find(key, checkpoint.path) for key in self.shapes}
+        self.skeleton = model.state_dict()
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        self.places = {}
+        for key in self.skeleton:
+            place = self._spelled(key)
+            if place is None and key not in tied:
+                raise StropError(
+                    f"{checkpoint.path} stores no weight {key}: is a shard missing from its index?"
+                )
+            if key.startswith(f"{self.layers}."):
+                self.places[key] = place
 
     def read(self, key: str) -> Tensor:
-        """A weight of the model by its name there. Raises StropError for a shape unlike config.json's."""
-        weight, expected = self._read(key), self.shapes.get(key)
-        if expected is not None and weight.shape != expected:
+        """A weight of the layers by its name in the model, in the model's dtype.
+
+        Raises StropError for a shape unlike config.json's, or numbers that are no floating-point weights.
+        """
+        weight, expected = self.original(key), self.skeleton[key]
+        if weight.shape != expected.shape:
             raise StropError(
-                f"weight {key} is {tuple(weight.shape)} in the checkpoint and {tuple(expected)} by its "
+                f"weight {key} is {tuple(weight.shape)} in the checkpoint and {tuple(expected.shape)} by its "
                 "config.json: restore the original files"
             )
-        return weight
+        if expected.is_floating_point() and not (weight.is_floating_point() and weight.itemsize > 1):
+            raise StropError(
+                f"weight {key} is stored as {str(weight.dtype).removeprefix('torch.')}: load the 16-bit "
+                "checkpoint that it was made from"
+            )
+        return weight.to(expected.dtype)
 
-    def _read(self, key: str) -> Tensor:
-        name, expert, part = self.places[key] if key in self.places else self._find(key, Path())
+    def original(self, key: str) -> Tensor:
+        """A weight of the layers as it is stored."""
+        name, expert, part = self.places[key]
         with safe_open(self.shards[name], "pt") as file:
             if expert is None:
                 return file.get_tensor(name)
@@ -100,7 +117,8 @@ class Stored:
                 full = f"{name}.{key}".lstrip(".")
                 if (place := self._spelled(full)) is not None and tensor.is_meta:
                     with safe_open(self.shards[place.name], "pt") as file:
-                        setattr(module, key, nn.Parameter(file.get_tensor(place.name), requires_grad=False))
+                        weight = file.get_tensor(place.name).to(tensor.dtype)
+                    setattr(module, key, nn.Parameter(weight, requires_grad=False))
             if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
                 _draw_buffers(name, module, self.model.config)
 
@@ -108,12 +126,6 @@ class Stored:
         """How the checkpoint calls a linear layer of the model; experts by their own names."""
         place = self.places[f"{layer}.weight"]
         return layer if place.expert is not None else place.name.removesuffix(".weight")
-
-    def _find(self, key: str, path: Path) -> Place:
-        found = self._spelled(key)
-        if found is None:
-            raise StropError(f"{path} stores no weight {key}: is a shard missing from its index?")
-        return found
 
     def _spelled(self, key: str) -> Place | None:
         prefix = f"{self.model.base_model_prefix}."
@@ -135,11 +147,21 @@ class Stored:
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     """The checkpoint's model on the meta device, without weights, its experts split."""
-    config = AutoConfig.from_pretrained(checkpoint.path, **FROM_FOLDER)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, **FROM_FOLDER)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or _dtype(checkpoint))
+    except Exception as error:  # transformers raises many kinds for a config that cannot be
+        raise not_loaded("config", checkpoint.path, error) from error
     split_experts(model)
     return model.eval()
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of the first floating-point weight, for a config that names none."""
+    with safe_open(checkpoint.shards[0], "pt") as file:
+        found = (file.get_tensor(name).dtype for name in [*file.keys()])
+        return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
 
 
 def _draw_buffers(name: str, module: nn.Module, config: Any) -> None:
@@ -148,8 +170,8 @@ def _draw_buffers(name: str, module: nn.Module, config: Any) -> None:
         fresh = type(module)(config.get_text_config(decoder=True))
     except TypeError as error:
         raise StropError(
-            f"{name} is a {type(module).__name__}, which strop cannot build layer by layer: use a method "
-            "without calibration, or a machine that holds the whole model"
+            f"{name} is a {type(module).__name__}, which strop cannot build without its weights: use a "
+            "method that looks at no text, such as rtn"
         ) from error
     for key, buffer in fresh.named_buffers():
         setattr(module, key, buffer)

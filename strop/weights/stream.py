@@ -6,7 +6,8 @@ killed run can go on. Left out: checkpoints that hold more than a language model
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from strop.core.errors import StropError
 from strop.core.files import digest
 from strop.weights import compressed, packed
 from strop.weights.alphaq import spectrum
-from strop.weights.base import WeightMethod, quiet, refuse_quantized
+from strop.weights.base import Found, WeightMethod, quiet, refuse_quantized
 from strop.weights.draft import Draft
 from strop.weights.linear import PackedLinear
 from strop.weights.plan import BitPlan
@@ -29,6 +30,8 @@ from strop.weights.stored import Stored, skeleton
 from strop.weights.text import Text
 from strop.weights.walk import Report, Unit, Walk
 
+UNCOUNTED = (".bias", ".weight_shape")
+"""Tensors of a packed layer that are not its weights."""
 PLAN, TABLE, RECIPE = "plan.yaml", "matrices.csv", "strop.yaml"
 """In a quantized folder: the bit plan, the same as a table, and the recipe."""
 
@@ -63,10 +66,11 @@ def quantize_checkpoint(
         found = readers(plan, method.whole_zeros, walk.targets)
         layout = Layout(stored, plan, found.compressed)
         walk.weights = spectra = Spectra(stored, plan)
-        for unit, errors in method.pack(walk, plan, report, lambda unit: layout.restored(unit, draft)):
-            draft.add(unit.name, layout.state(unit), spectra.told(errors))
+        for unit, seen in method.pack(walk, plan, report, lambda unit: layout.restored(unit, draft)):
+            tensors, sizes = layout.state(unit)
+            draft.add(unit.name, tensors, _merged(seen, spectra.found, sizes))
         draft.add_rest(stored.rest())
-        plan = replace(plan, rows=tuple(replace(row, **draft.found.get(row.name, {})) for row in plan.rows))
+        plan = _completed(plan, draft.found, spectra.tile)
         _write_told(checkpoint, draft.folder, layout.config())
         (draft.folder / RECIPE).write_text(recipe, encoding="utf-8")
         (draft.folder / TABLE).write_text(plan.to_csv(), encoding="utf-8")
@@ -109,18 +113,22 @@ class Layout:
             if isinstance(layer, nn.Linear) and name not in self.grids
         ]
 
-    def state(self, unit: Unit) -> dict[str, Tensor]:
-        """The tensors of a packed layer."""
-        found: dict[str, Tensor] = {}
+    def state(self, unit: Unit) -> tuple[dict[str, Tensor], Found]:
+        """The tensors of a packed layer, and the bits a weight that they take."""
+        tensors: dict[str, Tensor] = {}
+        sizes: Found = {}
         inside: list[str] = []
         for name, layer in unit.module.named_modules(prefix=unit.name):
             if isinstance(layer, PackedLinear):
-                found |= self.form.state(self.names[name], layer)
+                own = self.form.state(self.names[name], layer)
+                held = sum(tensor.nbytes for key, tensor in own.items() if not key.endswith(UNCOUNTED))
+                sizes[name] = {"effective_bits": 8 * held / (layer.out_features * layer.in_features)}
+                tensors |= own
                 inside.append(f"{name}.")
-        for key, tensor in unit.module.state_dict(prefix=f"{unit.name}.").items():
+        for key in unit.module.state_dict(prefix=f"{unit.name}."):
             if not key.startswith(tuple(inside)):
-                found[self.stored.places[key].name] = tensor.contiguous()
-        return found
+                tensors[self.stored.places[key].name] = self.stored.original(key).contiguous()
+        return tensors, sizes
 
     def restored(self, unit: Unit, draft: Draft) -> dict[str, PackedLinear] | None:
         """The packed layers that an interrupted run has stored, or None."""
@@ -144,8 +152,8 @@ class Spectra:
     def __init__(self, stored: Stored, plan: BitPlan) -> None:
         self.stored = stored
         self.open = {row.name for row in plan.rows if row.alpha is None}
-        self.tile = _tile([row.shape for row in plan.rows])
-        self.found: dict[str, dict[str, float]] = {}
+        self.tile = plan.tile or _tile([row.shape for row in plan.rows])
+        self.found: Found = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stored, name)
@@ -157,16 +165,29 @@ class Spectra:
             self.found[name] = {"alpha": alpha.alpha, "alpha_se": alpha.se}
         return weight
 
-    def told(self, errors: Mapping[str, float]) -> dict[str, dict[str, float]]:
-        """What was found of matrices, with the errors of rounding them."""
-        return {name: self.found.pop(name, {}) | {"measured": error} for name, error in errors.items()}
+
+def _merged(seen: Found, *others: Found) -> Found:
+    """What several know of the matrices that were `seen`."""
+    return {
+        name: dict(ChainMap(*(other.get(name, {}) for other in others), own)) for name, own in seen.items()
+    }
+
+
+def _completed(plan: BitPlan, found: Found, tile: int | None) -> BitPlan:
+    """The plan with what was found of each matrix."""
+    rows = tuple(replace(row, **found.get(row.name, {})) for row in plan.rows)
+    starved = sum(row.tokens == 0 for row in rows)
+    note = f"; {starved} matrices saw no calibration text and were rounded to nearest" if starved else ""
+    return replace(plan, rows=rows, tile=tile, said=plan.said + note)
 
 
 def refuse_place(checkpoint: Checkpoint, out: Path) -> None:
-    """Raise StropError unless `out` is free, and not inside the checkpoint."""
+    """Raise StropError unless `out` is free, a folder of its own, and not inside the checkpoint."""
     place, source = out.resolve(), checkpoint.path.resolve()
     if place == source or source in place.parents:
         raise StropError(f"{out} is the model's own folder: name another one for the result")
+    if out.is_symlink() or out.is_mount() or not out.name:
+        raise StropError(f"{out} cannot be replaced by a new folder: name one that does not exist yet")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise StropError(f"{out} exists already: name a new folder, or remove it")
 

@@ -7,6 +7,7 @@ that is in memory already is walked through in the same way. Left out: matrices 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from strop.core.hooks import decoder_layers
 from strop.weights.experts import of_expert
-from strop.weights.hessian import hessians_of
+from strop.weights.hessian import Hessians, hessians_of
 from strop.weights.linear import matrix
 
 Report = Callable[[str, float], None]
@@ -31,6 +32,8 @@ class Matrix(NamedTuple):
     """That of its linear layer, such as `model.layers.0.mlp.experts.7.gate_proj`."""
     shape: tuple[int, int]
     """`(O, I)`."""
+    itemsize: int
+    """Bytes of a weight, and so of a scale."""
     read: Callable[[], Tensor]
 
     @property
@@ -74,7 +77,7 @@ class Walk:
     def matrices(self) -> list[Matrix]:
         """Everything to quantize, in the order of the layers."""
         return [
-            Matrix(name, _shape(layer), lambda name=name, layer=layer: self.weights.matrix(name, layer))
+            Matrix(name, _shape(layer), layer.weight.itemsize, partial(self.weights.matrix, name, layer))
             for name, layer in self.targets.items()
         ]
 
@@ -125,11 +128,11 @@ class Flow:
             found.append(out[0] if isinstance(out, tuple) else out)
         return found
 
-    def hessians(self, unit: Unit) -> dict[str, Tensor]:
-        """Of the inputs of a layer's matrices, `[I, I]` each; without those that no token reached."""
+    def hessians(self, unit: Unit) -> Hessians:
+        """Of the inputs of a layer's matrices; without those that no token reached."""
         with hessians_of(unit.targets) as seen:
             self.run(unit.module)
-        return seen.matrices
+        return seen
 
     def advance(self, layer: nn.Module) -> None:
         """Move the text behind `layer`, as it is now."""
