@@ -48,11 +48,12 @@ def quantize(
         typer.Option(
             parser=console.whole_numbers,
             metavar="LIST",
-            help="What alphaq and pmq choose from. Default: 2,3,4.",
+            help="What alphaq and pmq choose from. Default: 2,3,4; by layer from 4 bits on: 4,8.",
         ),
     ] = None,
     granularity: Annotated[
-        Granularity | None, typer.Option(help="Who shares a width. vLLM needs layer. Default: matrix.")
+        Granularity | None,
+        typer.Option(help="Who shares a width. vLLM needs layer, and serves 4 and 8. Default: matrix."),
     ] = None,
     gamma: Annotated[
         float | None,

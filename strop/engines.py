@@ -14,7 +14,9 @@ from strop.decode.load import NGRAM
 from strop.kv import KVMethod, Quantized
 from strop.models.zoo import zoo_path
 from strop.recipe import Recipe, label
-from strop.weights import WeightMethod
+from strop.weights import BitPlan, WeightMethod
+from strop.weights.readers import not_served
+from strop.weights.stream import PLAN
 
 CHAIN = 5
 """Tokens that a small language model drafts where the recipe does not say."""
@@ -29,18 +31,28 @@ def vllm_command(recipe: Recipe) -> list[str]:
     if recipe.model is None:
         raise StropError("the recipe names no model: add a line `model: PATH` or `model: zoo:NAME`")
     folder = _folder(recipe.model)
-    packed = _config(folder).get("quantization_config")
-    if isinstance(packed, dict) and packed.get("quant_method") == "strop":
-        raise StropError(
-            f"{folder} is packed in strop's own form, which vLLM does not read: quantize it again with one "
-            "width for all experts of a layer, 2 bits or more"
-        )
+    _require_served(folder)
     command = ["vllm", "serve", str(folder)]
     for slot, method in recipe.methods().items():
         if slot not in SLOTS:
             raise _refusal(slot, method, "vLLM has nothing like it: leave the slot empty")
         command += SLOTS[slot](method)
     return command
+
+
+def _require_served(folder: Path) -> None:
+    """Raise StropError for a folder whose quantized weights vLLM does not read."""
+    packed = _config(folder).get("quantization_config")
+    if isinstance(packed, dict) and packed.get("quant_method") == "strop":
+        raise StropError(
+            f"{folder} is packed in strop's own form, which vLLM does not read: quantize it again with one "
+            "width for all experts of a layer, 4 or 8 bits"
+        )
+    if (folder / PLAN).is_file() and (why := not_served(BitPlan.load(folder / PLAN))):
+        raise StropError(
+            f"vLLM does not read {folder}: {why}; quantize it again to 4 or 8 bits, symmetric and the same "
+            "for all experts of a layer, or generate with strop"
+        )
 
 
 def _weights(method: WeightMethod) -> list[str]:
@@ -88,6 +100,7 @@ def _drafted(method: DFlash) -> dict[str, Any]:
     config = _config(folder)
     if "treeflash_config" in config:
         raise _refusal("decode", method, "vLLM has no TreeFlash: use a DFlash drafter, or strop")
+    _require_served(folder)
     kind, longest = "draft_model", CHAIN
     if (own := config.get("dflash_config")) is not None:
         kind, longest = "dflash", int(config.get("block_size") or own["block_size"]) - 1

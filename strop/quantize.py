@@ -1,5 +1,6 @@
 """From a checkpoint to a quantized one: what `strop quantize` does."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -11,13 +12,14 @@ from strop.core.files import did_you_mean
 from strop.engines import vllm_command
 from strop.model import located, tokenizer_of
 from strop.recipe import METHODS, Recipe, label
+from strop.weights.alphaq import Allocated
 from strop.weights.base import Uniform, quiet
 from strop.weights.experts import has_experts
 from strop.weights.plan import BitPlan
-from strop.weights.readers import Readers
+from strop.weights.readers import SERVED, Readers
 from strop.weights.rules import translate
 from strop.weights.stream import PLAN, plan_checkpoint, quantize_checkpoint
-from strop.weights.text import Text, calibration_rows
+from strop.weights.text import Calibrated, Text, calibration_rows
 from strop.weights.walk import Report
 
 GROUP = 128
@@ -31,8 +33,9 @@ def quantize(recipe: Recipe, out: Path, resume: bool = False, report: Report = q
     """
     report("opening", 0.0)
     checkpoint = located(str(recipe.model))
-    text = _text(checkpoint, recipe)
-    done = quantize_checkpoint(checkpoint, _method(recipe), out, _absolute(recipe), text, resume, report)
+    held = _absolute(recipe)
+    text = _text(checkpoint, held)
+    done = quantize_checkpoint(checkpoint, _method(held), out, held.to_yaml(), text, resume, report)
     return _told(checkpoint, recipe, done.plan, done.readers) | {"out": str(out), "bytes": done.bytes}
 
 
@@ -50,7 +53,12 @@ def said_to(source: str, tool: str, report: Report = quiet) -> dict[str, Any]:
     Raises StropError where the tool cannot say it.
     """
     path = Path(source)
-    packed = path.is_dir() and (path / PLAN).is_file()
+    packed = (path / PLAN).is_file()
+    if not packed and (source.startswith("zoo:") or (path.is_dir() and tool != "vllm")):
+        raise StropError(
+            f"{source} does not say how matrices are quantized: give a recipe file, or a folder that "
+            "`strop quantize` wrote"
+        )
     if tool == "vllm":
         command = vllm_command(Recipe(model=source) if path.is_dir() else Recipe.load(path))
         return {"tool": tool, "text": shlex.join(command), "told": command, "warning": ""}
@@ -69,6 +77,7 @@ def spelled(source: str, method: str | None, **given: Any) -> Recipe:
     """The recipe that a command line means: `source` with a weights method of some settings.
 
     A model with experts gets AlphaQ and 3.5 bits, any other rounding to 4 bits; groups are of 128 channels.
+    Raises StropError for settings that mean nothing to the method.
     """
     known = METHODS["weights"]
     if method is not None and method not in known:
@@ -78,7 +87,13 @@ def spelled(source: str, method: str | None, **given: Any) -> Recipe:
     given = {key: value for key, value in given.items() if value is not None}
     group, quantizer = given.pop("group", GROUP), given.pop("quantizer", None)
     grid = {"group": group or None} | {key: given.pop(key) for key in ("symmetric",) if key in given}
-    if issubclass(known[method], Uniform):
+    by = quantizer or "rtn"
+    uniform = issubclass(known[method], Uniform)
+    looking = any(issubclass(known[name], Calibrated) for name in (method, by) if name in known)
+    if "calibration" in given and not looking:
+        name = method if uniform else f"{method} by {by}"
+        raise StropError(f"{name} looks at no text: leave --calibration out, or let gptq make the codes")
+    if uniform:
         if quantizer:
             raise StropError(f"{method} is itself the quantizer: leave --by out, or use alphaq")
         bits = given.pop("bits", 4)
@@ -86,11 +101,24 @@ def spelled(source: str, method: str | None, **given: Any) -> Recipe:
             raise StropError(f"{method} takes whole bits, got {bits:g}: a budget such as 3.5 is for alphaq")
         fields = {"bits": int(bits)} | grid | given
     else:
-        by = quantizer or "rtn"
-        grid.setdefault("symmetric", by != "hqq" and given.get("granularity") == "layer")
-        calibration = {"calibration": given.pop("calibration")} if "calibration" in given else {}
-        fields = {"bits": given.pop("bits", 3.5), "quantizer": {by: {"bits": 4} | grid | calibration}} | given
+        fields = _allocated(known[method], by, grid, given)
     return Recipe.from_dict({"strop": 1, "model": source, "weights": {method: fields}})
+
+
+def _allocated(method: Any, by: str, grid: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a method that spends a budget; what it does not have is a setting of its quantizer.
+
+    Layers choose from the widths that vLLM serves where the budget allows it.
+    """
+    by_layer = given.get("granularity") == "layer"
+    maker: Any = METHODS["weights"].get(by, method)
+    theirs = maker.__dataclass_fields__.keys() - method.__dataclass_fields__.keys()
+    codes = {"bits": 4, "symmetric": by != "hqq" and by_layer} | grid
+    codes |= {key: given.pop(key) for key in theirs & given.keys()}
+    fields: dict[str, Any] = {"bits": 3.5, "quantizer": {by: codes}} | given
+    if by_layer and fields["bits"] >= SERVED[0]:
+        fields.setdefault("widths", [*SERVED])
+    return fields
 
 
 def _method(recipe: Recipe) -> Any:
@@ -103,11 +131,21 @@ def _text(checkpoint: Checkpoint, recipe: Recipe) -> Text:
     return lambda asked: calibration_rows(tokenizer_of(checkpoint), str(recipe.model), asked)
 
 
-def _absolute(recipe: Recipe) -> str:
-    """The recipe as a file that holds from any working folder, the weights slot alone."""
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe as it holds from any working folder, the weights slot alone."""
     name = str(recipe.model)
     model = name if name.startswith("zoo:") else str(Path(name).resolve())
-    return Recipe(model=model, weights=recipe.weights).to_yaml()
+    return Recipe(model=model, weights=_anchored(_method(recipe)))
+
+
+def _anchored(method: Any) -> Any:
+    """The method, and what it holds, with absolute paths."""
+    changed: dict[str, Any] = {}
+    if isinstance(method, Allocated):
+        changed["quantizer"] = _anchored(method.quantizer)
+    if isinstance(method, Calibrated) and method.calibration:
+        changed["calibration"] = str(Path(method.calibration).resolve())
+    return dataclasses.replace(method, **changed)
 
 
 def _told(checkpoint: Checkpoint, recipe: Recipe, plan: BitPlan, found: Readers) -> dict[str, Any]:

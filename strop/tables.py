@@ -113,10 +113,7 @@ def show_quantized(told: Mapping[str, Any]) -> None:
         from strop.tune.report_measures import size
 
         say(f"{size(told['source_bytes'])} became {size(told['bytes'])}.")
-    say(
-        f"Read by {', '.join(told['engines'])}."
-        + "".join(f" {note[0].upper()}{note[1:]}." for note in told["notes"])
-    )
+    say(" ".join(f"{said}." for said in (f"Read by {', '.join(told['engines'])}", *told["notes"])))
     if "out" in told:
         typer.echo(f"Folder:  {told['out']} (matrices.csv has each matrix)")
         typer.echo(f"Try:     {shlex.join(['strop', 'generate', told['out'], '--prompt', 'def '])}")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from strop import load
 from strop.cli import app
 from strop.recipe import Recipe
-from strop.weights import GPTQ, HQQ, RTN, AlphaQ
+from strop.weights import GPTQ, HQQ, PMQ, RTN, AlphaQ
 
 TOOLS = ["vllm", "llm-compressor", "gptqmodel", "torchao", "modelopt", "hqq", "autoround"]
 
@@ -112,6 +112,13 @@ def test_dry_run_writes_nothing_and_says_the_same_plan(mixed, tmp_path):
         ("--method gptq --calibration t.txt", GPTQ(calibration="t.txt")),
         ("--widths 4,2 --bits 3 --granularity layer",
          AlphaQ(bits=3.0, widths=(2, 4), granularity="layer", quantizer=RTN(bits=4, group=128))),
+        ("--bits 5 --granularity layer",
+         AlphaQ(bits=5.0, widths=(4, 8), granularity="layer", quantizer=RTN(bits=4, group=128))),
+        ("--granularity layer", AlphaQ(granularity="layer", quantizer=RTN(bits=4, group=128))),
+        ("--method pmq --calibration t.txt", PMQ(calibration="t.txt")),
+        ("--method pmq --by gptq --calibration t.txt",
+         PMQ(calibration="t.txt", quantizer=GPTQ(symmetric=False))),
+        ("--by gptq --calibration t.txt", AlphaQ(quantizer=GPTQ(symmetric=False, calibration="t.txt"))),
         ("--by gptq --gamma 0", AlphaQ(gamma=0.0, quantizer=GPTQ(symmetric=False))),
         ("--by hqq --symmetric", None),
     ],
@@ -148,6 +155,10 @@ def test_options_mean_a_recipe(words, method, mixed, monkeypatch, tmp_path):
         ("-o {out} --bits 0", "not a number above 0"),
         ("-o {out} --method alphaq", "Qwen3ForCausalLM has none: use rtn"),
         ("-o {out} --method alphaq --bits 1.5", "below the smallest width of 2"),
+        ("-o {out} --method alphaq --bits 5", "above the largest width of 4"),
+        ("-o {out} --method alphaq --by hqq --bits 3 --widths 2,7", "hqq has asymmetric grids"),
+        ("-o {out} --method rtn --calibration t.txt", "rtn looks at no text"),
+        ("-o {out} --method alphaq --calibration t.txt", "alphaq by rtn looks at no text"),
         ("-o {out} --method awq", "awq"),
         ("-o {out} --group 48", "not a multiple of group=48"),
         ("-o {out} --method rtn --by gptq", "leave --by out"),
@@ -249,6 +260,9 @@ def test_recipe_speaks_to_each_tool(tool, dense, tmp_path):
         assert told["told"][:3] == ["vllm", "serve", str(out)]
     elif tool == "llm-compressor":
         assert yaml.safe_load(told["text"])["default_stage"]
+    elif tool == "modelopt":
+        cfg = yaml.safe_load(told["text"])["quant_cfg"][1]["cfg"]
+        assert cfg == {"num_bits": 4, "block_sizes": {-1: 32}}
     else:
         assert json.loads(told["text"]) == told["told"]
 
@@ -262,5 +276,18 @@ def test_recipe_plans_a_recipe_that_nobody_carried_out(mixed, tmp_path):
     assert "strop quantize" in refused("recipe", tmp_path / "recipe.yaml", "--to", "vllm")
     Recipe(model=str(mixed)).save(tmp_path / "empty.yaml")
     assert "no weights method" in refused("recipe", tmp_path / "empty.yaml", "--to", "torchao")
+    for source, tools in ((mixed, TOOLS[1:]), ("zoo:coder", TOOLS)):
+        for tool in tools:
+            why = refused("recipe", source, "--to", tool)
+            assert "give a recipe file, or a folder that `strop quantize` wrote" in why
+    assert strop_("recipe", mixed, "--to", "vllm").stdout == f"vllm serve {mixed}\n"
     assert "cannot read recipe" in refused("recipe", tmp_path / "none.yaml", "--to", "torchao")
     assert "--to" in refused("recipe", tmp_path / "recipe.yaml", "--to", "gguf")
+
+
+def test_vllm_is_told_no_folder_that_it_does_not_read(dense, tmp_path):
+    told = said("quantize", dense, "--bits", 3, "--group", 32, "-o", tmp_path / "out")
+    assert "vLLM" not in told["engines"]
+    assert "no kernel for 3 bits" in refused("recipe", tmp_path / "out", "--to", "vllm")
+    shown = " ".join(strop_("quantize", dense, "--bits", 3, "--group", 32, "--dry-run").stdout.split())
+    assert f"Read by strop, transformers. {told['notes'][0]}." in shown and "VLLM" not in shown

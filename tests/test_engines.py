@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,9 @@ from strop.engines import vllm_command
 from strop.kv import KVarN, Quantized, StreamingLLM
 from strop.models.zoo import zoo_path
 from strop.recipe import Recipe
-from strop.weights import RTN
+from strop.weights import RTN, BitPlan
+from strop.weights.grid import Grid
+from strop.weights.plan import Row
 
 
 @pytest.fixture
@@ -47,6 +50,32 @@ def test_a_folder_quantized_already(folder):
     assert vllm_command(Recipe(model=name)) == ["vllm", "serve", name]
     with pytest.raises(StropError, match=r"strop's own form.*one width for all experts"):
         vllm_command(Recipe(model=folder("own", quantization_config={"quant_method": "strop"})))
+
+
+@pytest.mark.parametrize(
+    ("name", "grids", "reason"),
+    [
+        ("mlp.up_proj", [Grid(4, 32)], ""),
+        ("mlp.up_proj", [Grid(4, 32, symmetric=False)], ""),
+        ("mlp.experts.{}.up_proj", [Grid(8, 32)] * 2, ""),
+        ("mlp.up_proj", [Grid(3, 32)], "no kernel for 3 bits"),
+        ("mlp.experts.{}.up_proj", [Grid(4, 32, symmetric=False)] * 2, "no experts with zero points"),
+        ("mlp.experts.{}.up_proj", [Grid(4, 32), Grid(8, 32)], "needs one grid"),
+    ],
+)
+def test_a_folder_that_vllm_does_not_read_is_refused_with_the_reason(name, grids, reason, folder):
+    told = {"shape": (64, 64), "expert": "experts" in name, "effective_bits": 9.0}
+    names = [f"model.layers.0.{name.format(index)}" for index in range(len(grids))]
+    rows = tuple(Row(name=each, grid=grid, **told) for each, grid in zip(names, grids, strict=True))
+    place = folder(quantization_config={"quant_method": "compressed-tensors"})
+    BitPlan(rows=rows, method="rtn", said="").save(Path(place) / "plan.yaml")
+    if not reason:
+        assert vllm_command(Recipe(model=place)) == ["vllm", "serve", place]
+        return
+    with pytest.raises(StropError, match=f"vLLM does not read .*{reason}.*4 or 8 bits"):
+        vllm_command(Recipe(model=place))
+    with pytest.raises(StropError, match=reason):
+        vllm_command(Recipe(model=folder("other"), decode=DFlash(drafter=place)))
 
 
 def test_prompt_lookup_keeps_its_fields(folder):

@@ -10,7 +10,7 @@ from quantizing import build, experts_of, logits, packed_layers
 
 from strop.core.errors import StropError
 from strop.recipe import Recipe
-from strop.weights import GPTQ, RTN, AlphaQ, BitPlan, allocate
+from strop.weights import GPTQ, HQQ, RTN, AlphaQ, BitPlan, allocate
 from strop.weights.allocate import Rules, Stat
 from strop.weights.experts import split_experts
 from strop.weights.grid import Grid
@@ -34,7 +34,9 @@ def stats(seed: int = 0, layers: int = 2, experts: int = 4, known: bool = True) 
                 name = f"model.layers.{layer}.mlp.experts.{expert}.{part}"
                 noise = dict(zip(GRIDS, np.sort(draw.random(4))[::-1] * draw.random(), strict=True))
                 alpha = AlphaStat(float(draw.uniform(2, 8)), 0.05, 100) if known else None
-                found.append(Stat(Matrix(name, shape, torch.Tensor), alpha, float(draw.random()), 1.0, noise))
+                found.append(
+                    Stat(Matrix(name, shape, 2, torch.Tensor), alpha, float(draw.random()), 1.0, noise)
+                )
     return found
 
 
@@ -91,10 +93,35 @@ def test_no_budget_is_exceeded_and_width_is_shared(granularity, weighting, solve
 def test_a_budget_below_the_smallest_width_is_refused():
     with pytest.raises(StropError, match=r"budget of 0\.9 bits is below the smallest width of 1"):
         allocate(stats(), Rules(GRIDS, 0.9))
-    with pytest.raises(ValueError, match="below the smallest width of 2"):
+    with pytest.raises(ValueError, match=r"below the smallest width of 2.*smaller widths"):
         AlphaQ(bits=1.9)
     with pytest.raises(StropError, match="below the smallest width"):
         Recipe.from_dict({"strop": 1, "weights": {"alphaq": {"bits": 1.5}}})
+
+
+def test_a_budget_above_the_largest_width_is_refused():
+    assert AlphaQ(bits=4).bits == 4
+    with pytest.raises(ValueError, match=r"above the largest width of 4.*larger widths"):
+        AlphaQ(bits=4.5)
+
+
+def test_a_width_that_the_quantizer_does_not_have_is_refused():
+    assert AlphaQ(bits=3, widths=(2, 7)).widths == (2, 7)
+    with pytest.raises(ValueError, match=r"hqq has asymmetric grids of .* bits, got int7"):
+        AlphaQ(bits=3, widths=(2, 7), quantizer=HQQ())
+    node = {"alphaq": {"bits": 3, "widths": [2, 7], "quantizer": {"hqq": {}}}}
+    with pytest.raises(StropError, match="got int7"):
+        Recipe.from_dict({"strop": 1, "weights": node})
+
+
+@pytest.mark.parametrize("solver", ["greedy", "milp"])
+@pytest.mark.parametrize("gamma", [1e3, 1e6, 1e300])
+def test_a_huge_gamma_serves_the_heaviest_tail_first(gamma, solver):
+    found = stats()
+    plan = allocate(found, Rules(GRIDS, 2.5, solver=solver), gamma=gamma)
+    assert spent(plan, "params") <= 2.5 and np.isfinite(plan.objective)
+    heaviest = min(plan.rows, key=lambda row: row.alpha)
+    assert heaviest.grid.bits == 4
 
 
 def test_the_exact_solver_is_never_worse():
@@ -168,7 +195,7 @@ def test_measured_noise_is_what_rounding_costs(noise_model, noise):
     plan = method.plan(walk)
     errors: dict[str, float] = {}
     for _, found in method.pack(walk, plan):
-        errors |= found
+        errors |= {name: told["measured"] for name, told in found.items()}
     ratios = np.array([errors[row.name] / row.predicted for row in plan.experts])
     if noise_model == "measured":
         np.testing.assert_allclose(ratios, 1, rtol=1e-4)

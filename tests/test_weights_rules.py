@@ -113,9 +113,9 @@ def fqn_config(rules, name):
 
 
 def last_quantizer(rules, name, field="quantizer_name"):
-    """ModelOpt: the last entry whose wildcard matches replaces all before it."""
+    """ModelOpt: the last entry whose wildcard matches replaces all before it; blocks are named by axis."""
     found = None
-    for entry in rules["quant_cfg"]:
+    for entry in yaml.safe_load(rules)["quant_cfg"]:
         if fnmatchcase(name, entry[field]):
             found = entry if entry["enable"] else None
     if found is None:
@@ -198,7 +198,8 @@ def test_gptqmodel_rules_reach_fused_modules_only_where_their_parts_agree():
 def test_modelopt_denies_first_and_excludes_last_under_either_field():
     plan = mixed(0, asymmetric=False)
     for field in ("quantizer_name", "quantizer_path"):
-        entries = modelopt(plan, field=field)["quant_cfg"]
+        rules = modelopt(plan, field=field)
+        entries = yaml.safe_load(rules)["quant_cfg"]
         assert entries[0] == {field: "*", "enable": False}
         assert [entry[field] for entry in entries if not entry["enable"]][1:] == [
             "*lm_head*",
@@ -206,9 +207,7 @@ def test_modelopt_denies_first_and_excludes_last_under_either_field():
             "*.gate.*",
         ]
         assert not any(entry["enable"] for entry in entries[-3:])
-        assert (
-            last_quantizer({"quant_cfg": entries}, f"{NAMES[0]}.weight_quantizer", field) == plan.rows[0].grid
-        )
+        assert last_quantizer(rules, f"{NAMES[0]}.weight_quantizer", field) == plan.rows[0].grid
 
 
 def test_modelopt_reaches_fused_experts_and_leaves_out_a_gate_that_differs_from_its_up():

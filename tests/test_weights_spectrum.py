@@ -199,6 +199,15 @@ def test_gamma_gives_the_ratio_that_was_asked_for():
     assert auto_gamma(alphas, 64.0) == pytest.approx(2 * gamma)
 
 
+def test_any_gamma_gives_finite_sensitivities():
+    alphas = np.array([1.01, 3.0, 4.0, 4.1, 900.0])
+    for gamma in (1e3, 1e6, 1e300):
+        weight = sensitivity(alphas, gamma)
+        assert np.isfinite(weight).all() and (weight > 0).all()
+        assert (np.diff(weight) <= 0).all() and weight[0] > 1e200 * weight[2] and weight[2] == 1
+    np.testing.assert_allclose(sensitivity(alphas, 30.0), (4.0 / alphas) ** 30.0)
+
+
 @pytest.mark.parametrize(
     ("shapes", "tile"),
     [

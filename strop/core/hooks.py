@@ -37,7 +37,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     found = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     if not found:
         raise StropError(
-            f"{type(model).__name__} has no list of {count} layers to read features from: use a drafter that "
-            "needs none (ngram, or a small language model)"
+            f"{type(model).__name__} has no list of {count} decoder layers: leave its weights as they are, "
+            "and draft with ngram or a small language model"
         )
     return found[0]

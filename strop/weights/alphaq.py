@@ -58,10 +58,20 @@ class Allocated(WeightMethod, abc.ABC):
                 raise ValueError(f"{name} must be one of {', '.join(values)}, got {getattr(self, name)!r}")
         if not self.widths or list(self.widths) != sorted(set(self.widths)):
             raise ValueError(f"widths must rise, got {self.widths}")
-        for width in self.widths:
-            Grid(width)
-        if not self.widths[0] <= self.bits:
-            raise ValueError(f"bits={self.bits} is below the smallest width of {self.widths[0]}: raise bits")
+        least, most = min(self.grids), max(self.grids)
+        if not least <= self.bits:
+            raise ValueError(
+                f"bits={self.bits} is below the smallest width of {least}: raise it, or allow smaller widths"
+            )
+        if self.bits > most:
+            raise ValueError(
+                f"bits={self.bits} is above the largest width of {most}: lower it, or allow larger widths"
+            )
+
+    @property
+    def grids(self) -> dict[int, Grid]:
+        """The quantizer's grid of each candidate width. Raises ValueError for one that it does not have."""
+        return {bits: dataclasses.replace(self.quantizer, bits=bits).grid for bits in self.widths}
 
     @abc.abstractmethod
     def allocate(self, walk: Walk, experts: Sequence[Matrix], rules: Rules, report: Report) -> BitPlan:
@@ -97,10 +107,9 @@ class Allocated(WeightMethod, abc.ABC):
                 f"{name} spends bits on the experts of a mixture of experts, and a "
                 f"{type(walk.model).__name__} has none: use rtn or gptq"
             )
-        grids = {bits: dataclasses.replace(self.quantizer, bits=bits).grid for bits in self.widths}
-        require_fit(experts, [*grids.values()])
+        require_fit(experts, [*self.grids.values()])
         require_fit(matrices, [self.quantizer.grid])
-        rules = Rules(grids, self.bits, self.weighting, self.noise, self.solver, self.granularity)
+        rules = Rules(self.grids, self.bits, self.weighting, self.noise, self.solver, self.granularity)
         found = self.allocate(walk, experts, rules, report)
         chosen = {row.name: row for row in found.rows}
         rows = tuple(chosen.get(matrix.name) or row(matrix, self.quantizer.grid) for matrix in matrices)
@@ -142,7 +151,7 @@ class AlphaQ(Allocated):
         for done, matrix in enumerate(experts):
             stats.append(measure(matrix, rules.grids, tile, self.k_frac, self.seed))
             report("reading spectra", (done + 1) / len(experts))
-        return allocate(stats, rules, self.gamma, self.ratio)
+        return dataclasses.replace(allocate(stats, rules, self.gamma, self.ratio), tile=tile)
 
 
 @torch.no_grad()

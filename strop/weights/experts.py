@@ -25,7 +25,9 @@ OTHER_NAMES = (
 
 def has_experts(config: Mapping[str, Any]) -> bool:
     """Whether a config.json describes a mixture of experts."""
-    return any((config.get("text_config") or config).get(field) for field in COUNTS)
+    text = config.get("text_config")
+    told = text if isinstance(text, Mapping) and text else config
+    return any(told.get(field) for field in COUNTS)
 
 
 class Expert(nn.Module):

@@ -98,7 +98,7 @@ class PMQ(Calibrated, Allocated):
 
     def _least(self, widths: list[int], count: int) -> list[int]:
         """At least one expert at 3 bits and one at 2, where both are candidates and the budget has room."""
-        room = {2, 3} <= set(widths) and count > 1 and self.bits * count >= widths[0] * (count - 1) + 3
+        room = {2, 3} <= set(widths) and count > 1 and self.bits * count >= widths[0] * (count - 2) + 5
         return [int(room and width in (2, 3)) for width in widths]
 
 

@@ -23,7 +23,7 @@ class Readers:
     compressed: bool
     engines: tuple[str, ...]
     said: tuple[str, ...]
-    """Why the others do not, a sentence each."""
+    """Why the others do not, a sentence each; it starts with the name of a tool."""
 
 
 def readers(plan: BitPlan, whole_zeros: bool, layers: Mapping[str, nn.Module]) -> Readers:
@@ -39,23 +39,26 @@ def readers(plan: BitPlan, whole_zeros: bool, layers: Mapping[str, nn.Module]) -
         said.append("transformers would read all experts at one width, and so wrong")
     else:
         engines.append("transformers")
-    conflicts = fused_conflicts(plan)
-    odd = sorted({row.grid.bits for row in plan.rows} - set(SERVED))
-    if odd:
-        said.append(
-            f"vLLM has no kernel for {', '.join(map(str, odd))} bits, only for {SERVED[0]} and {SERVED[1]}"
-        )
-    elif conflicts:
-        said.append(f"vLLM multiplies some matrices at once: {conflicts[0]}")
-    elif any(not grid.symmetric for grid in experts):
-        said.append("vLLM serves no experts with zero points")
+    if why := not_served(plan):
+        said.append(why)
     else:
         engines.append("vLLM")
         if experts:
             said.append("vLLM serves quantized experts on a GPU only")
         elif any(row.grid.bits == 8 for row in plan.rows):
-            said.append("on a CPU vLLM has kernels for 4 bits only")
+            said.append("vLLM has kernels for 4 bits only on a CPU")
     return Readers(True, tuple(engines), tuple(said))
+
+
+def not_served(plan: BitPlan) -> str:
+    """Why vLLM does not serve `plan` in the form of compressed-tensors; empty where it does."""
+    if odd := sorted({row.grid.bits for row in plan.rows} - set(SERVED)):
+        return f"vLLM has no kernel for {', '.join(map(str, odd))} bits, only for {SERVED[0]} and {SERVED[1]}"
+    if conflicts := fused_conflicts(plan):
+        return f"vLLM multiplies some matrices at once: {conflicts[0]}"
+    if any(not row.grid.symmetric for row in plan.experts):
+        return "vLLM serves no experts with zero points"
+    return ""
 
 
 def _not_compressed(plan: BitPlan, whole_zeros: bool, layers: Mapping[str, nn.Module]) -> str:

@@ -151,11 +151,14 @@ def torchao(plan: BitPlan) -> dict[str, Any]:
     return {"_type": "FqnToConfig", "_version": 1, "_data": {"fqn_to_config": configs}}
 
 
-def modelopt(plan: BitPlan, field: str = "quantizer_name") -> dict[str, Any]:
+def modelopt(plan: BitPlan, field: str = "quantizer_name") -> str:
     """A quantization config of ModelOpt: entries in order, of which the last match replaces those before.
 
     All is denied first, and head and routers again at the end, out of reach of entries that a person adds
-    between. `field` is what the version calls its wildcard: `quantizer_name`, in some `quantizer_path`.
+    between. `field` is what the version calls its wildcard: `quantizer_name`, in some `quantizer_path`. The
+    text is YAML, since `block_sizes` has a whole number as its key, which JSON cannot say. To load:
+
+        mtq.quantize(model, yaml.safe_load(open("modelopt.yaml")))
     """
     _require(plan, "modelopt")
     entries: list[dict[str, Any]] = [{field: "*", "enable": False}]
@@ -166,7 +169,7 @@ def modelopt(plan: BitPlan, field: str = "quantizer_name") -> dict[str, Any]:
     for last in ("*lm_head*", "*router*", "*.gate.*"):
         if not any(fnmatchcase(name, last) for name in quantizers):
             entries.append({field: last, "enable": False})
-    return {"quant_cfg": entries, "algorithm": "max"}
+    return yaml.safe_dump({"quant_cfg": entries, "algorithm": "max"}, sort_keys=False, width=1000)
 
 
 def hqq(plan: BitPlan) -> dict[str, dict[str, Any]]:

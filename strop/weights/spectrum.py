@@ -21,6 +21,8 @@ MOST_TILES = 256
 LEAST_TAIL = 10
 RESOLVED = {torch.float32: 1e-4, torch.float64: 1e-11}
 """Eigenvalues of a Gram matrix below this share of the largest drown in rounding."""
+FARTHEST = 600.0
+"""Most that the logarithm of a sensitivity is, so that sums of costs stay finite numbers."""
 FLAT = 1e-4
 """A mean log ratio below this is rounding: the tail has no slope."""
 
@@ -141,9 +143,13 @@ def auto_gamma(alphas: Sequence[float] | np.ndarray, ratio: float = 8.0) -> floa
 
 
 def sensitivity(alphas: Sequence[float] | np.ndarray, gamma: float) -> np.ndarray:
-    """`(median / alpha) ** gamma` `[L]`: above 1 where the tail is heavier than the median's."""
+    """`(median / alpha) ** gamma` `[L]`: above 1 where the tail is heavier than the median's.
+
+    Within `exp(-600)` and `exp(600)`, so that any gamma gives finite costs.
+    """
     alphas = np.asarray(alphas, dtype=float)
-    return (np.median(alphas) / alphas) ** gamma
+    most = FARTHEST / max(gamma, 1.0)
+    return np.exp(gamma * np.log(np.median(alphas) / alphas).clip(-most, most))
 
 
 def _tiles(weight: Tensor, tile: int, seed: int) -> Tensor:
