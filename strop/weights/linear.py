@@ -1,7 +1,8 @@
 """A linear layer whose weights are stored as packed integer codes, scales and zeros.
 
-The matrix is rebuilt at every forward pass, so this layer saves memory and not time. Left out: kernels that
-multiply by the codes directly.
+Few rows are multiplied by the codes directly (`strop.kernels.linear`), with weights as the codes say, in
+float32. For more rows the matrix is rebuilt at every pass, in the dtype of the scales. Left out: a kernel for
+GPUs, where the matrix is always rebuilt.
 """
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from strop.core.bits import pack, unpack
+from strop.kernels.linear import serving
 from strop.weights.grid import Codes, Grid, dequantize
 
 
@@ -54,7 +56,11 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., I]` to `[..., O]`."""
-        return F.linear(x, self.weight, self.bias)
+        held, bias = self._buffers, self._parameters["bias"]
+        packed, scale = held["packed"], held["scale"]
+        if (kernels := serving(x, packed, scale, bias, self.grid.bits)) is None:
+            return F.linear(x, self.weight, bias)
+        return kernels.multiply(x, packed, scale, held["zero"], bias, self.grid.bits)
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}"
