@@ -25,6 +25,7 @@ from report_speed import (
     table,
     trees,
 )
+from report_weights import WEIGHTS
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
@@ -163,6 +164,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "treeflash": ("claims.json", partial(verdicts, paper="treeflash")),
     "caddtree": ("claims.json", partial(verdicts, paper="caddtree")),
     "alphaq": ("claims.json", partial(verdicts, paper="alphaq")),
+    **WEIGHTS,
 }
 
 

@@ -99,7 +99,10 @@ def show_quantized(told: Mapping[str, Any]) -> None:
         name = matrix["name"].rpartition(".")[2]
         kinds.setdefault((f"expert {name}" if matrix["expert"] else name, _shape(matrix)), []).append(matrix)
     print_table(
-        [Column("Matrices", no_wrap=True), *(Column(name, justify="right") for name in QUANTIZED)],
+        [
+            Column("Matrices", no_wrap=True),
+            *(Column(name, justify="right", no_wrap=True) for name in QUANTIZED),
+        ],
         [[name, *_kind(shape, rows)] for (name, shape), rows in kinds.items()],
     )
     say(f"{told['method']}: {told['said']}.")
@@ -127,7 +130,7 @@ def _kind(shape: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The cells of `QUANTIZED` for matrices of a kind."""
     widths = Counter(row["bits"] for row in rows)
     bits = ", ".join(
-        f"{count} x {width}" if len(widths) > 1 else f"{width}" for width, count in sorted(widths.items())
+        f"{width} ({count})" if len(widths) > 1 else f"{width}" for width, count in sorted(widths.items())
     )
     return [f"{len(rows)} x {shape}", bits, *(_span(rows, key) for key in ("alpha", "predicted", "measured"))]
 
@@ -136,7 +139,7 @@ def _span(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     """The smallest and largest of a column."""
     found = [row[key] for row in rows if row[key] is not None]
     ends = dict.fromkeys(f"{end:.2g}" for end in (min(found), max(found))) if found else {}
-    return " to ".join(ends) or "-"
+    return "\N{EN DASH}".join(ends) or "-"
 
 
 def show_parts(parts: Sequence[Any]) -> None:
