@@ -17,7 +17,7 @@ from rich.text import Text
 
 from strop import console
 
-QUANTIZED = ("Shape", "Bits", "Alpha", "Predicted", "Error")
+QUANTIZED = ("Shape", "Bits", "Alpha", "Error")
 STAGES = ("draft", "build", "verify", "commit")
 
 
@@ -101,7 +101,7 @@ def show_quantized(told: Mapping[str, Any]) -> None:
     print_table(
         [
             Column("Matrices", no_wrap=True),
-            *(Column(name, justify="right", no_wrap=True) for name in QUANTIZED),
+            *(Column(name, justify="right", no_wrap=name != "Bits") for name in QUANTIZED),
         ],
         [[name, *_kind(shape, rows)] for (name, shape), rows in kinds.items()],
     )
@@ -129,10 +129,11 @@ def _shape(matrix: Mapping[str, Any]) -> str:
 def _kind(shape: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The cells of `QUANTIZED` for matrices of a kind."""
     widths = Counter(row["bits"] for row in rows)
+    error = "predicted" if rows[0]["measured"] is None else "measured"
     bits = ", ".join(
-        f"{width} ({count})" if len(widths) > 1 else f"{width}" for width, count in sorted(widths.items())
+        f"{width}: {count}" if len(widths) > 1 else f"{width}" for width, count in sorted(widths.items())
     )
-    return [f"{len(rows)} x {shape}", bits, *(_span(rows, key) for key in ("alpha", "predicted", "measured"))]
+    return [f"{len(rows)} x {shape}", bits, *(_span(rows, key) for key in ("alpha", error))]
 
 
 def _span(rows: Sequence[Mapping[str, Any]], key: str) -> str:
