@@ -141,7 +141,7 @@ def test_memory_is_that_of_a_layer(tmp_path):
     told = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()}
     checkpoint = inspect(large)
     assert len(checkpoint.shards) > 8 and (tmp_path / "streamed" / "config.json").exists()
-    assert told["streamed"] < 0.4 * checkpoint.bytes < told["kept"], (told, checkpoint.bytes)
+    assert told["streamed"] < 0.6 * checkpoint.bytes < told["kept"], (told, checkpoint.bytes)
 
 
 @every_method
