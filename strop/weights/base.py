@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from strop.core.errors import StropError
+from strop.core.heap import EVERY, trim
 from strop.core.hooks import decoder_layers
 from strop.core.method import Method
 from strop.weights.experts import split_experts
@@ -113,6 +114,8 @@ class WeightMethod(Method, abc.ABC):
                     found[name] = {"measured": error} | ({"tokens": seen.tokens.get(name, 0)} if seen else {})
                     walk.model.set_submodule(name, packed)
                     report("quantizing", (done + len(found)) / len(grids))
+                    if len(found) % EVERY == 0:
+                        trim()
             done += len(stored or found)
             if flow is not None:
                 flow.advance(unit.module)

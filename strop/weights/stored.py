@@ -4,7 +4,6 @@ Each read maps the part of a shard that it wants, so a checkpoint of any size ta
 Left out: layouts that neither the model's own names nor the table below describe.
 """
 
-import ctypes
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from strop.core.causal import FROM_FOLDER, not_loaded
 from strop.core.checkpoint import Checkpoint
 from strop.core.errors import StropError
+from strop.core.heap import trim
 from strop.core.hooks import decoder_layers
 from strop.weights.experts import OTHER_NAMES, Experts, split_experts
 
@@ -89,10 +89,9 @@ class Stored:
         module.load_state_dict(state, assign=True)
 
     def release(self, module: nn.Module) -> None:
-        """Give a module's memory back, to the system too: glibc would keep pieces, more with every layer."""
+        """Give a module's memory back, to the system too."""
         module.to("meta")
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)
+        trim()
 
     def matrix(self, name: str, layer: nn.Module) -> Tensor:
         """The matrix `[O, I]` of a layer."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from strop.core.checkpoint import TOLD, Checkpoint
 from strop.core.errors import StropError
 from strop.core.files import digest
+from strop.core.heap import EVERY, trim
 from strop.weights import compressed, packed
 from strop.weights.alphaq import spectrum
 from strop.weights.base import Found, WeightMethod, quiet, refuse_quantized
@@ -69,6 +70,7 @@ def quantize_checkpoint(
         for unit, seen in method.pack(walk, plan, report, lambda unit: layout.restored(unit, draft)):
             tensors, sizes = layout.state(unit)
             draft.add(unit.name, tensors, _merged(seen, spectra.found, sizes))
+            del tensors  # or they would be held while the next layer is quantized
         draft.add_rest(stored.rest())
         plan = _completed(plan, draft.found, spectra.tile)
         _write_told(checkpoint, draft.folder, layout.config())
@@ -125,6 +127,8 @@ class Layout:
                 sizes[name] = {"effective_bits": 8 * held / (layer.out_features * layer.in_features)}
                 tensors |= own
                 inside.append(f"{name}.")
+                if len(inside) % EVERY == 0:
+                    trim()
         for key in unit.module.state_dict(prefix=f"{unit.name}."):
             if not key.startswith(tuple(inside)):
                 tensors[self.stored.places[key].name] = self.stored.original(key).contiguous()
