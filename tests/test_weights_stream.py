@@ -131,7 +131,7 @@ def test_memory_is_that_of_a_layer(tmp_path):
     """What streaming takes at most is little beside the model; where packed layers stay in memory, as in the
     control, it is more."""
     save(build("llama", torch.bfloat16), tmp_path / "small")
-    size = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 32}
+    size = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 48}
     large = save(build("llama", torch.bfloat16, **size), tmp_path / "large", "10MB")
     places = (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, places))}
@@ -141,7 +141,7 @@ def test_memory_is_that_of_a_layer(tmp_path):
     told = {line.split()[0]: int(line.split()[1]) for line in run.stdout.splitlines()}
     checkpoint = inspect(large)
     assert len(checkpoint.shards) > 8 and (tmp_path / "streamed" / "config.json").exists()
-    assert told["streamed"] < 0.6 * checkpoint.bytes < told["kept"], (told, checkpoint.bytes)
+    assert told["streamed"] < 0.4 * checkpoint.bytes < told["kept"], (told, checkpoint.bytes)
 
 
 @every_method
