@@ -6,7 +6,6 @@ anchor + k, earlier slots more. DFlash learns by cross-entropy; TreeFlash's appr
 learns by the divergence from the target's own distribution, with the true token before each slot.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -14,15 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from strop.core.errors import StropError
-from strop.core.files import atomic
 from strop.core.hooks import decoder_layers, outputs_of
+from strop.core.training import restore_run, save_run
 from strop.decode.corpus import Report, Rows
 from strop.decode.dflash import DFlashNet
 from strop.decode.treeflash import Approximator
@@ -244,31 +241,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write weights, moments and the log, whole or not at all."""
-        tensors = {}
-        for name, parameter in self.trained.named_parameters():
-            tensors[f"weight/{name}"] = parameter.detach()
-            for key, value in self.optimizer.state[parameter].items():
-                tensors[f"{key}/{name}"] = value.detach().contiguous()
         note = {"step": self.step, "seconds": self.seconds, "log": self.log, "plan": asdict(self.plan)}
-        with atomic(self.checkpoint) as temporary:
-            save_file(tensors, temporary, metadata={"run": json.dumps(note)})
+        save_run(self.checkpoint, self.trained.named_parameters(), self.optimizer, note)
 
     def restore(self) -> None:
         """Go on from the checkpoint. Raises StropError for one that is damaged or of another run."""
-        try:
-            with safe_open(self.checkpoint, framework="pt", device=str(self.trunk.target.device)) as stored:
-                note = json.loads(stored.metadata()["run"])
-                if note["plan"] != asdict(self.plan):
-                    raise StropError(
-                        f"{self.checkpoint} is of a run with other settings: name another folder"
-                    )
-                with torch.no_grad():
-                    for name, parameter in self.trained.named_parameters():
-                        parameter.copy_(stored.get_tensor(f"weight/{name}"))
-                        self.optimizer.state[parameter] = {
-                            key: stored.get_tensor(f"{key}/{name}")
-                            for key in ("step", "exp_avg", "exp_avg_sq")
-                        }
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise StropError(f"{self.checkpoint} is damaged: remove it and run again") from error
+        parameters = self.trained.named_parameters()
+        note = restore_run(self.checkpoint, parameters, self.optimizer, asdict(self.plan))
         self.step, self.seconds, self.log = note["step"], note["seconds"], note["log"]

@@ -1,0 +1,205 @@
+"""Which features of a sparse autoencoder survive a change of the model (arXiv 2606.03002).
+
+Both models read the same tokens; a feature's activations before and after are correlated. Beside Pearson
+over all tokens, which shared zeros inflate, stand the correlation where either fires and the F1 of the sets
+of tokens where each does.
+Differs from the paper: intervals over sequences, a token-weighted loss, a gate on the first token.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strop.audit.base import LanguageModel
+from strop.audit.moments import StreamingPearson, Sums
+from strop.audit.sae import SAE
+from strop.audit.states import read
+from strop.core.errors import StropError
+
+SURVIVED, DAMAGED = 0.9, 0.5
+"""Correlations above which a feature survived, and below which it is damaged."""
+ACTIVE = 1e-3
+"""Firing rate before, above which a feature is judged."""
+FOLDS = 32
+"""Parts of the sequences; intervals are bootstraps over them, and splits keep them apart."""
+RESAMPLES = 400
+GATE = 0.5
+"""Nats a token that the other way to begin a sequence may be better before nothing is reported."""
+AT_ONCE = 8
+"""Sequences read together."""
+
+Reader = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Token ids `[B, T]` to states `[B, T, d]` and losses `[B, T - 1]`."""
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class Survival:
+    """What became of m features."""
+
+    stream: StreamingPearson
+    losses: np.ndarray
+    """Loss sums before and after, and tokens, of each fold: `[3, folds]`."""
+
+    @property
+    def sums(self) -> Sums:
+        """Over all tokens."""
+        return self.stream.of()
+
+    @property
+    def active(self) -> np.ndarray:
+        """Indices of the features that are judged."""
+        return np.flatnonzero(self.sums.rate() > ACTIVE)
+
+    @property
+    def rho(self) -> np.ndarray:
+        """Correlation of every feature, `[m]`."""
+        return self.sums.correlation()
+
+    def shares(self) -> dict[str, tuple[float, float, float]]:
+        """Shares survived, degraded and damaged, mean and median of rho: each with its 95 % interval."""
+        active = self.active
+        if not len(active):
+            raise StropError(
+                f"no feature fires at more than {ACTIVE:.1%} of the tokens: is the autoencoder of this "
+                "model, layer and kind of text?"
+            )
+        estimate = _shares(self.rho[active])
+        folds = len(self.stream.tokens)
+        picks = np.random.default_rng(0).multinomial(folds, np.full(folds, 1 / folds), RESAMPLES)
+        drawn = [_shares(self.stream.of(weights.astype(float)).correlation()[active]) for weights in picks]
+        ends = np.percentile(np.array([list(shares.values()) for shares in drawn]), [2.5, 97.5], axis=0).T
+        return {
+            name: (value, float(low), float(high))
+            for (name, value), (low, high) in zip(estimate.items(), ends, strict=True)
+        }
+
+    def loss(self) -> dict[str, Any]:
+        """Loss before and after, nats a token, and the rise with its 95 % interval over folds."""
+        before, after, tokens = self.losses
+        picks = np.random.default_rng(0).integers(0, len(tokens), (RESAMPLES, len(tokens)))
+        rises = (after - before)[picks].sum(1) / tokens[picks].sum(1)
+        low, high = np.percentile(rises, [2.5, 97.5])
+        n = tokens.sum()
+        rise = float((after - before).sum() / n)
+        return {
+            "before": float(before.sum() / n),
+            "after": float(after.sum() / n),
+            "rise": (rise, float(low), float(high)),
+        }
+
+    def table(self) -> dict[str, np.ndarray]:
+        """A column a measure, a row an active feature."""
+        sums, active = self.sums, self.active
+        peaks = self.stream.peaks.amax(0).cpu().numpy()
+        columns = {
+            "feature": np.arange(len(self.rho)),
+            "rho": self.rho,
+            "rho_firing": sums.correlation_where_firing(),
+            "f1": sums.f1(),
+            "rate": sums.rate(),
+            "rate_after": sums.fires_y / sums.tokens,
+            "mean_firing": sums.mean_firing(),
+            "mean": sums.x / sums.tokens,
+            "peak": peaks[0],
+            "peak_after": peaks[1],
+        }
+        return {name: values[active] for name, values in columns.items()}
+
+
+def _shares(rho: np.ndarray) -> dict[str, float]:
+    survived, damaged = float((rho > SURVIVED).mean()), float((rho < DAMAGED).mean())
+    return {
+        "survived": survived,
+        "degraded": 1 - survived - damaged,
+        "damaged": damaged,
+        "mean": float(rho.mean()),
+        "median": float(np.median(rho)),
+    }
+
+
+def reader(lm: LanguageModel, layer: int, lossy: bool = False) -> Reader:
+    """How a model is read behind a layer; `lossy` through the cache of its recipe."""
+    return lambda rows: read(lm, rows, layer, lossy)
+
+
+def survival(
+    before: Reader,
+    after: Reader,
+    encode: Callable[[Tensor], Tensor],
+    m: int,
+    rows: Tensor,
+    skip: int = 0,
+    device: torch.device | str = "cpu",
+    report: Report = lambda what, share: None,
+) -> Survival:
+    """Read token ids `[S, T]` with both models and follow the m features that `encode` finds.
+
+    The first `skip` tokens of a sequence, such as one that begins every sequence, count nowhere. One pass;
+    memory does not grow with S.
+    """
+    folds = min(FOLDS, len(rows))
+    stream = StreamingPearson(m, folds, device)
+    losses = np.zeros((3, folds))
+    done = 0
+    for part in rows.split(AT_ONCE):
+        fold = torch.arange(done, done + len(part)) % folds
+        (states, loss), (other, other_loss) = before(part), after(part)
+        x, y = (encode(found[:, skip:].flatten(0, 1)) for found in (states, other))
+        stream.update(x, y, fold.repeat_interleave(rows.shape[1] - skip))
+        for line, found in zip(losses, (loss, other_loss, torch.ones_like(loss)), strict=True):
+            np.add.at(line, fold.numpy(), found.double().sum(1).cpu().numpy())
+        done += len(part)
+        report("reading", done / len(rows))
+    return Survival(stream, losses)
+
+
+def dictionary(sae: SAE) -> Callable[[Tensor], Tensor]:
+    """The features of an autoencoder, checked against the width of what it reads."""
+
+    def encode(states: Tensor) -> Tensor:
+        if states.shape[-1] != sae.d:
+            raise StropError(
+                f"the autoencoder reads states of width {sae.d} and the model has {states.shape[-1]}: "
+                "give an autoencoder of this model"
+            )
+        return sae.encode(states)
+
+    return encode
+
+
+def gate(
+    before: Callable[[Tensor], Tensor], with_start: Tensor, without: Tensor, begins: bool
+) -> dict[str, Any]:
+    """Whether the model is read in a regime that it is made for, as losses with and without a first token.
+
+    `before` gives the losses `[B, T - 1]` of token ids. Raises StropError when the way not configured is more
+    than `GATE` nats a token better.
+    """
+    shared = without.shape[1] - 1
+    led, bare = (float(before(rows)[:, -shared:].mean()) for rows in (with_start, without))
+    used, other = (led, bare) if begins else (bare, led)
+    if used - other > GATE:
+        raise StropError(
+            f"the model loses {used:.2f} nats a token {'with' if begins else 'without'} a first token and "
+            f"{other:.2f} {'without' if begins else 'with'} it: read this way it is not the model that is "
+            "used, and nothing is reported; set bos_token in tokenizer_config.json as the model was trained"
+        )
+    return {"with_start": led, "without": bare, "begins": begins}
+
+
+def snippets(
+    found: Survival, rows: Tensor, feature: int, skip: int, side: int, count: int = 5
+) -> Iterator[tuple[int, int, float]]:
+    """Sequence, place and strength of the largest activations of a feature, one a fold: 0 before, 1 after."""
+    peaks = found.stream.peaks[:, side, feature].cpu()
+    places = found.stream.places[:, side, feature].cpu()
+    width = rows.shape[1] - skip
+    for fold in peaks.argsort(descending=True).tolist()[:count]:
+        place = int(places[fold])
+        if place >= 0 and peaks[fold] > 0:
+            yield place // width, place % width + skip, float(peaks[fold])
