@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 TORCH := torch==2.13.0
 
-.PHONY: install demo test check gpu report clean
+.PHONY: install demo test soak check gpu report docs clean
 
 install: $(STAMP)
 
@@ -14,7 +14,7 @@ $(BIN)/python:
 # torch comes first and pinned: the CPU build, where the index offers one.
 $(STAMP): $(BIN)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers,serve,audit]'
 	touch $@
 
 $(DEV_STAMP): $(STAMP)
@@ -26,6 +26,10 @@ demo: $(STAMP)
 
 test: $(DEV_STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2
+
+# Faults and fuzz at length, under an hour. STROP_SEED=N draws others.
+soak: $(DEV_STAMP)
+	STROP_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 tests/robustness
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .
@@ -47,6 +51,10 @@ report: $(STAMP)
 	$(BIN)/python docs/report.py
 	if command -v chromium > /dev/null; then chromium --headless --no-sandbox --disable-gpu --hide-scrollbars \
 		--window-size=1200,1680 --screenshot=docs/report.png file://$(CURDIR)/runs/demo/report.html 2> /dev/null; fi
+
+# The site, into build/site; it opens from disk.
+docs: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
