@@ -9,6 +9,7 @@ from pathlib import Path
 
 from strop import console
 from strop.claims import run_claims
+from strop.core.executor import executor
 from strop.core.files import atomic
 from strop.core.machine import machine
 
@@ -19,14 +20,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--scale", default="cpu", choices=("cpu", "gpu"))
     parser.add_argument("--papers", nargs="*", default=[], help="only these; others stay as they are")
+    parser.add_argument("--executor", default="local", choices=("local", "ray"))
+    parser.add_argument("--address", help="a Ray cluster's; default: one on this machine")
+    parser.add_argument("--workers", type=int, help="most parts at once on a cluster")
     args = parser.parse_args()
+    where = executor(args.executor, args.address, args.workers)
     console.quiet()
     kept = []
     if args.papers and args.out.exists():
         held = json.loads(args.out.read_text(encoding="utf-8"))["claims"]
         kept = [claim for claim in held if claim["paper"] not in args.papers]
     with console.progress() as report:
-        found = kept + [claim.to_dict() for claim in run_claims(args.papers, args.scale, report)]
+        found = kept + [claim.to_dict() for claim in run_claims(args.papers, args.scale, report, where)]
     with atomic(args.out) as file:
         file.write_text(json.dumps(console.plain({"machine": machine(), "claims": found}), indent=1))
 

@@ -18,11 +18,14 @@ from rich.markdown import Markdown
 
 from strop import __version__, console, tables
 from strop import doctor as doctors
+from strop.cli_audit import audit
+from strop.cli_serve import serve
 from strop.cli_train import train
 from strop.cli_weights import quantize, recipe
 from strop.core.errors import StropError
 from strop.core.files import require_folder
 from strop.options import (
+    Address,
     Batch,
     Context,
     DataFile,
@@ -31,11 +34,15 @@ from strop.options import (
     Drop,
     Dtype,
     Either,
+    Executor,
     InDtype,
     Json,
     OnDevice,
+    OnExecutor,
     Seed,
     Source,
+    Tasks,
+    Workers,
     ZooName,
 )
 
@@ -79,6 +86,9 @@ def tune(
     device: OnDevice = Device.cpu,
     dtype: InDtype = Dtype.auto,
     seed: Seed = 0,
+    executor: OnExecutor = Executor.local,
+    address: Address = None,
+    workers: Workers = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what was measured before.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -102,6 +112,9 @@ def tune(
         device=device.value,
         dtype=dtype.value,
         seed=seed,
+        executor=executor.value,
+        address=address,
+        workers=workers,
     )
     with console.progress() as report:
         study = engine.tune(model, data, out, settings, resume, report)
@@ -118,6 +131,7 @@ def measure(
     model: Either,
     data: DataFile = None,
     max_drop: Annotated[float | None, Drop] = None,
+    lm_eval: Tasks = None,
     batch: Batch = 1,
     context: Context = None,
     device: OnDevice = Device.cpu,
@@ -133,7 +147,7 @@ def measure(
         batch=batch, context=context, device=device.value, dtype=dtype.value, seed=seed
     )
     with console.progress() as report:
-        row = engine.measure(model, data, settings, report)
+        row = engine.measure(model, data, settings, report, lm_eval)
     if as_json:
         console.print_json(row)
     else:
@@ -195,7 +209,9 @@ def generate(
         tables.show_speculation(spoken)
 
 
+app.command(epilog="Example: strop audit zoo:coder runs/w4 --out runs/audit --fail-under 0.6")(audit)
 app.command(epilog="Example: strop quantize zoo:moe --method alphaq --bits 2.5 -o runs/moe-2.5")(quantize)
+app.command(epilog="Example: strop serve runs/mine/recipe.yaml --port 8000")(serve)
 app.command(epilog="Example: strop recipe runs/mine/recipe.yaml --to vllm")(recipe)
 
 
@@ -205,14 +221,19 @@ def claims(
         list[str] | None, typer.Argument(metavar="PAPER", help="Such as kvarn. Default: all.")
     ] = None,
     scale: Annotated[Scale, typer.Option(help="How large the experiments are.")] = Scale.cpu,
+    executor: OnExecutor = Executor.local,
+    address: Address = None,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Measure again what papers claim: what they say, what we measured, and a verdict."""
     console.quiet()
     from strop.claims import run_claims
+    from strop.core.executor import executor as named
 
+    where = named(executor.value, address, workers)
     with console.progress() as report:
-        found = run_claims(papers or [], scale.value, report)
+        found = run_claims(papers or [], scale.value, report, where)
     if as_json:
         console.print_json([claim.to_dict() for claim in found])
     else:

@@ -53,6 +53,10 @@ PACKAGES: dict[str, tuple[bool, str, str]] = {
     "hqq": (False, "transformers' HQQ cache, a baseline", f"{PIP} hqq"),
     "optimum-quanto": (False, "transformers' quanto cache, a baseline", f"{PIP} optimum-quanto"),
     "vllm": (False, "serving what strop exports", f"{PIP} vllm"),
+    "starlette": (False, "strop serve", f"{PIP} 'strop[serve]'"),
+    "uvicorn": (False, "strop serve", f"{PIP} 'strop[serve]'"),
+    "prometheus-client": (False, "metrics of strop serve", f"{PIP} 'strop[serve]'"),
+    "lm-eval": (False, "tasks of lm-evaluation-harness", f"{PIP} 'strop[lm-eval]'"),
     "ray": (False, "sweeps over several machines", f"{PIP} ray"),
 }
 

@@ -10,6 +10,7 @@ from strop import console
 
 Device = StrEnum("Device", ["cpu", "cuda"])
 Dtype = StrEnum("Dtype", ["auto", "bf16", "fp32"])
+Executor = StrEnum("Executor", ["local", "ray"])
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="zoo:NAME or a checkpoint folder.")]
 Either = Annotated[
@@ -29,8 +30,20 @@ Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences served t
 Context = Annotated[
     int | None, typer.Option(min=2, metavar="N", help="Tokens in the cache. Default: as the data has.")
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option("--lm-eval", metavar="TASK[,TASK]", help="Tasks of lm-evaluation-harness, or their files."),
+]
 OnDevice = Annotated[Device, typer.Option("--device", help="Where to run.")]
 InDtype = Annotated[Dtype, typer.Option("--dtype", help="auto: as the checkpoint is stored.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Where the draws begin.")]
+OnExecutor = Annotated[Executor, typer.Option("--executor", help="ray: side by side, on a Ray cluster.")]
+Address = Annotated[
+    str | None,
+    typer.Option(metavar="ADDRESS", help="The cluster: HOST:PORT or auto. Default: one on this machine."),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Most at once on a cluster. Default: what has room.")
+]
 ZooName = Annotated[str, typer.Argument(metavar="NAME", help="As `strop zoo list` has it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]

@@ -6,6 +6,7 @@ nest. Everything strop does is a function over recipes.
 
 import dataclasses
 import inspect
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -192,9 +193,8 @@ class Recipe:
         except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
             raise StropError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
         recipe = cls.from_dict(data)
-        beside = path.parent / recipe.model if recipe.model else path
-        if recipe.model and not recipe.model.startswith("zoo:") and beside.is_dir():
-            recipe = dataclasses.replace(recipe, model=str(beside))
+        if recipe.model and not recipe.model.startswith("zoo:") and os.path.isdir(path.parent / recipe.model):
+            recipe = dataclasses.replace(recipe, model=str(path.parent / recipe.model))
         return recipe
 
     @classmethod

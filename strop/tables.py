@@ -69,6 +69,28 @@ def show_row(row: Mapping[str, Any]) -> None:
         [[m.title, cell.text, cell.note, m.unit] for m, cell in found if cell.text != MISSING],
         title=row["label"],
     )
+    if row.get("tasks"):
+        _show_tasks(row["tasks"])
+
+
+def _show_tasks(scores: Sequence[Mapping[str, Any]]) -> None:
+    """What the harness's tasks score, under the recipe and as is, with standard errors."""
+
+    def told(score: float | None, error: float | None) -> str:
+        return "-" if score is None else f"{score:.4g}" + (f" ± {error:.2g}" if error is not None else "")
+
+    columns = [Column("Task", ratio=1), Column("Score"), Column("Samples", justify="right")]
+    rows = [
+        [
+            row["task"],
+            row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})",
+            str(row["samples"] or "-"),
+            told(row["score"], row["stderr"]),
+            told(row["as_is"], row["as_is_stderr"]),
+        ]
+        for row in scores
+    ]
+    print_table([*columns, Column("Recipe", justify="right"), Column("As is", justify="right")], rows)
 
 
 def show_zoo(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -216,3 +238,37 @@ def show_drafter(record: Mapping[str, Any], mask: str, target: str, out: Path) -
     typer.echo(
         f"Try:     {shlex.join(['strop', 'generate', target, '--draft', str(out), '--prompt', 'def '])}"
     )
+
+
+def show_audit(told: Mapping[str, Any], out: Path) -> None:
+    """What became of the features, what it cost in loss, and where the rest is."""
+    from strop.audit.audit_report import SHARES, outcome, scope
+    from strop.core.words import between, percent
+
+    told = console.plain(told)
+    columns = [Column("Features"), *(Column(name, justify="right") for name in ("Share", "95 % interval"))]
+    rows = [
+        [title, percent(value[0]), between(value[1], value[2], percent)]
+        for title, value in ((title, told["survival"][name]) for name, title in SHARES.items())
+    ]
+    print_table(columns, rows)
+    say(f"{outcome(told)} {scope(told)}")
+    for note in told["notes"]:
+        say(note)
+    typer.echo(f"Report: {out / 'report.html'} (audit.json and features.parquet beside it)")
+
+
+def show_sae(told: Mapping[str, Any], target: str, out: Path) -> None:
+    """How well an autoencoder stands for the stream, and where it is."""
+    quality = told["quality"]
+    rows = [
+        ["Explained variance", f"{quality['explained_variance']:.3f}"],
+        ["Loss recovered", f"{quality['loss_recovered']:.3f}"],
+        ["Features that fire at a token", f"{quality['fires_per_token']:.1f}"],
+        ["Features that never fired", f"{quality['never_fired']:.1%}"],
+    ]
+    title = f"On {quality['tokens']:,} held-out tokens:"
+    print_table([Column("Measure"), Column("Value", justify="right")], rows, title)
+    typer.echo(f"Autoencoder: {out}")
+    words = ["strop", "audit", target, "AFTER", "--sae", str(out), "--out", "DIR"]
+    typer.echo(f"Try:         {shlex.join(words)}")

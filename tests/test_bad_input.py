@@ -126,6 +126,33 @@ def respoil(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> N
     save_file(weights, model / "model.safetensors", {"format": "pt"})
 
 
+def shape_of_text(model: Path) -> None:
+    """A product of sizes that would be a text of gigabytes."""
+    change_header(model, ["7", 2**40])
+
+
+def shape_of_no_numbers(model: Path) -> None:
+    change_header(model, [float("nan"), 1])
+
+
+def change_header(model: Path, shape: list[Any]) -> None:
+    weights = model / "model.safetensors"
+    raw = weights.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["model.norm.weight"]["shape"] = shape
+    told = json.dumps(header).encode()
+    weights.write_bytes(len(told).to_bytes(8, "little") + told + raw[8 + length :])
+
+
+def more_layers_than_weights(model: Path) -> None:
+    change_config(model, num_hidden_layers=10**9)
+
+
+def classes_of_no_list(model: Path) -> None:
+    change_config(model, architectures=7, model_type="bert")
+
+
 def not_a_number(model: Path) -> None:
     respoil(model, lambda weights: weights["model.layers.1.mlp.up_proj.weight"][3, 3].fill_(torch.nan))
 
@@ -196,6 +223,10 @@ CHECKPOINTS = {
     truncated: "truncated",
     truncated_header: "truncated",
     no_safetensors: "not a safetensors file",
+    shape_of_text: "not a safetensors file",
+    shape_of_no_numbers: "not a safetensors file",
+    more_layers_than_weights: "has 1000000000 layers by config.json",
+    classes_of_no_list: "lacks",
     not_a_number: "model.layers.1.mlp.up_proj.weight holds NaN or infinity",
     infinite: "model.norm.weight holds NaN or infinity",
     weight_missing: "lacks 1 of the weights",
@@ -293,6 +324,7 @@ RECIPES = {
     "value of a field": ("strop: 1\nkv: {kvarn: {bits_k: -2}}\n", "kvarn"),
     "two methods": ("strop: 1\nkv: {kvarn: {}, kivi: {}}\n", "holds one node"),
     "no model": ("strop: 1\nkv: kvarn\n", "names no model"),
+    "a name beyond what names may be": (f"strop: 1\nmodel: {'x' * 300}\n", "no model folder at x"),
     "no recipe": ("a: 1\n", "starts with `strop: 1`"),
     "later version": ("strop: 2\n", "starts with `strop: 1`"),
     "text": ("hello", "a recipe is a mapping"),
@@ -391,7 +423,7 @@ def full(*_: object, **__: object) -> None:
 
 
 def test_a_full_disk_is_told(tiny, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(files.tempfile, "mkdtemp", full)
     assert "No space left" in tune_refused(tiny, tmp_path / "out", "--data", text)
 
 

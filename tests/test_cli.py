@@ -219,7 +219,7 @@ def test_measure_prints_all_there_is(measured):
     told = strop_("measure", "zoo:coder", "--context", 64, "--seed", 2).stdout
     assert measured.outcome["label"] in told
     assert "Perplexity rise" in told
-    source, data, settings, _ = measured.calls[0]
+    source, data, settings, *_ = measured.calls[0]
     assert (source, data, settings) == ("zoo:coder", None, engine.Settings(context=64, seed=2))
     assert said("measure", "zoo:coder") == measured.outcome
 

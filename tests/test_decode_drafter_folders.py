@@ -152,6 +152,8 @@ def test_another_target_is_refused(tmp_path):
         ({"num_target_layers": 3}, "layers 3 and this one has 2"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"intermediate_size": 47}, "weights do not fit"),
+        ({"num_hidden_layers": 10**9}, "1000000000 layers of"),
+        ({"intermediate_size": -1}, "describes no drafter"),
     ],
     ids=str,
 )
@@ -160,6 +162,30 @@ def test_broken_configs_are_refused(changes, reason, tmp_path):
     folder = folder_of(tmp_path, published(model, **changes), net(model))
     with pytest.raises(StropError, match=reason):
         load_drafter(folder, model)
+
+
+def test_rows_that_are_no_number_are_refused(tmp_path):
+    model = target()
+    save_drafter(tmp_path, net(model), approximator(net(model)), ROWS)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for told in ({"rows": 0}, {"rows": "4"}, [4]):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"treeflash_config": told}))
+        with pytest.raises(StropError, match="describes no drafter"):
+            load_drafter(tmp_path, model)
+
+
+def test_a_drafter_that_is_replaced_is_never_half_of_each(tmp_path, monkeypatch):
+    """Killed between weights and config it is no drafter, instead of new weights under an old config."""
+    model = target()
+    save_drafter(tmp_path, net(model))
+
+    def killed(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("strop.decode.checkpoint.json.dumps", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_drafter(tmp_path, net(model, 1))
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_broken_weights_are_refused(tmp_path):

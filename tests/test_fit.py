@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from test_cli import ROOT, said, save_tiny, strop_
 
+from strop.core import training
 from strop.core.errors import StropError
 from strop.decode import fit, load_drafter
 from strop.decode.corpus import hold_out
@@ -160,6 +161,16 @@ def test_a_killed_run_goes_on_to_the_same_drafter(model, text, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_a_run_killed_before_its_note_was_whole_begins_again(model, text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".run.json.abcdefgh.part").write_text('{"tar')
+    strop_(*words(model, text, out))
+    assert not [*out.glob(".*")] and (out / "config.json").exists()
+    (out / "run.json").unlink()
+    assert "holds files that no training run wrote" in strop_(*words(model, text, out), code=2).stderr
+
+
 def test_another_run_keeps_the_stages_that_fit(model, text, tmp_path):
     out = tmp_path / "out"
     strop_(*words(model, text, out))
@@ -180,8 +191,8 @@ def test_bundled_texts_to_train_on_are_not_those_that_are_held_out():
 
 def test_minutes_that_are_left_follow_the_rate_so_far(monkeypatch):
     clock, heard = iter([0.0, 60.0, 120.0]), []
-    monkeypatch.setattr(fit.time, "monotonic", lambda: next(clock))
-    told = fit.timed(lambda what, share: heard.append(what))
+    monkeypatch.setattr(training.time, "monotonic", lambda: next(clock))
+    told = training.timed(lambda what, share: heard.append(what))
     for share in (0.5, 0.6, 0.7):
         told("training", share)
     assert heard == ["training", "training, 4.0 minutes left", "training, 3.0 minutes left"]

@@ -199,6 +199,30 @@ def test_resume_survives_notes_that_are_broken_or_absent(source, tmp_path, shard
         assert contents(out) == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("at", ["made", "noting", "moving"])
+def test_a_run_killed_before_its_notes_or_after_them_goes_on(at, source, tmp_path):
+    """Its folder is empty, or has notes that are not whole, or all but the notes."""
+    method, out, real = METHODS["rtn"], tmp_path / "out", os.replace
+    quantize(source, method, tmp_path / "whole")
+
+    def dies(*args: object) -> None:
+        if at != "moving" or Path(str(args[0])).is_dir():
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*args)
+
+    child = os.fork()
+    if child == 0:
+        setattr(*((Draft, "_fresh") if at == "made" else (os, "replace")), dies)
+        quantize(source, method, out)
+        os._exit(7)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) and not out.exists()
+    draft = tmp_path / ".out.draft"
+    assert not (draft / "draft.json").exists() and (len([*draft.iterdir()]) > 3) == (at == "moving")
+    quantize(source, method, out, resume=True)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+
+
 def test_two_runs_at_once_are_refused(source, tmp_path):
     out = tmp_path / "out"
     with Draft(out, "key", resume=False), pytest.raises(StropError, match=r"another run is writing .*out"):

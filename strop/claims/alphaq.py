@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from strop.claims.alphaq_bed import MAIN, SCALES, Scale, expected, lay, run
+from strop.claims.alphaq_bed import LAYING, MAIN, SCALES, Scale, lay
+from strop.claims.alphaq_bed import parts as experiments
 from strop.claims.alphaq_crossed import gaps, losses, over_models, summed, told
 from strop.claims.alphaq_plans import (
     ALPHAQ,
@@ -29,20 +30,10 @@ from strop.claims.alphaq_plans import (
 )
 from strop.claims.alphaq_signal import mechanism
 from strop.claims.alphaq_use import use
-from strop.claims.base import Claim, Report, Table, listed
-from strop.claims.codec_bed import Progress
+from strop.claims.base import Claim, Paper, Table, listed
 
 VARIED = "held-out texts, draws of either allocation; on each of 2 trained models"
 PAPER = "perplexity at 2.5 bits, Mixtral: "
-
-
-def claims(scale: str, report: Report) -> list[Claim]:
-    """Measure all of AlphaQ's claims at a scale, "cpu" or "gpu"."""
-    size = SCALES[scale]
-    progress = Progress(report, expected(size))
-    found = verdicts(run(lay(size, progress), size, progress), size)
-    report("done", 1.0)
-    return found
 
 
 def verdicts(tables: dict[str, Table], scale: Scale) -> list[Claim]:
@@ -195,3 +186,6 @@ def spectra(table: Table) -> str:
     """What the signal gate says of each model."""
     rows = table.where(method="exact")
     return "; ".join(f"{r['model']}, {r['training']:.2f} on training text: {r['said']}" for r in rows)
+
+
+PAPER = Paper(scales=SCALES, lay=lay, laying=LAYING, parts=experiments, verdicts=verdicts)

@@ -4,9 +4,8 @@ Two bundled mixtures of experts of one shape and two training seeds, whose exper
 or fewer, on purpose. Attention and shared experts stay at 4 bits; only routed experts differ between methods.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -37,8 +36,7 @@ from strop.claims.alphaq_plans import (
     walked,
 )
 from strop.claims.alphaq_text import Texts, drawn, read
-from strop.claims.base import Row, Table
-from strop.claims.codec_bed import Progress
+from strop.claims.base import Part, Progress, Row, Tables, joined, measured
 from strop.core.errors import StropError
 from strop.model import load
 from strop.weights.allocate import allocate, scores
@@ -90,6 +88,10 @@ SCALES = {
 }
 
 
+LAYING = 1
+"""Measurements that `lay` announces."""
+
+
 @dataclass(frozen=True)
 class Bed:
     """The models and what they read."""
@@ -99,8 +101,8 @@ class Bed:
 
 
 def expected(scale: Scale) -> int:
-    """Measurements that `run` announces."""
-    return 1 + len(scale.models) * (3 + len(scale.budgets) + len(scale.tuned_at))
+    """Measurements that `lay` and `run` announce."""
+    return LAYING + sum(one.steps for one in parts(scale))
 
 
 def lay(scale: Scale, progress: Progress) -> Bed:
@@ -121,22 +123,26 @@ def subject(name: str, model: PreTrainedModel, scale: Scale) -> Subject:
     return Subject(name, Bank(walk, rtn=scale.quantizer, gptq=scale.compensating))
 
 
-def run(bed: Bed, scale: Scale, progress: Progress) -> dict[str, Table]:
-    """All experiments; raises RuntimeError when a control does not behave."""
+def parts(scale: Scale) -> list[Part]:
+    """All experiments on a model: what one of them finds the next ones use."""
+    steps = 3 + len(scale.budgets) + len(scale.tuned_at)
+    return [Part(name, steps, partial(studies, number, scale)) for number, name in enumerate(scale.models)]
+
+
+def studies(number: int, scale: Scale, bed: Bed, progress: Progress) -> Tables:
+    """The tables of one model."""
+    one, texts = bed.subjects[number], bed.texts
     facts: dict[str, Facts] = {}
-    studies: dict[str, Callable[[Subject], list[Row]]] = {
-        "single": lambda one: single_study(one, bed.texts, scale, facts, progress),
-        "sweep": lambda one: sweep_study(one, bed.texts, scale, facts[one.name], progress),
-        "gamma": lambda one: gamma_study(one, bed.texts, scale, facts[one.name], progress),
-        "domains": lambda one: domain_study(one, bed.texts, scale, facts[one.name], progress),
-        "gptq": lambda one: gptq_study(one, bed.texts, scale, facts[one.name], progress),
-    }
-    tables = {}
-    for name, study in studies.items():
-        start = time.perf_counter()
-        rows = [row for one in bed.subjects for row in study(one)]
-        tables[name] = Table(rows, time.perf_counter() - start)
+    tables = measured("single", lambda: single_study(one, texts, scale, facts, progress))
+    followed = {"sweep": sweep_study, "gamma": gamma_study, "domains": domain_study, "gptq": gptq_study}
+    for name, study in followed.items():
+        tables |= measured(name, partial(study, one, texts, scale, facts[one.name], progress))
     return tables
+
+
+def run(bed: Bed, scale: Scale, progress: Progress) -> Tables:
+    """All experiments; raises RuntimeError when a control does not behave."""
+    return joined(one.study(bed, progress) for one in parts(scale))
 
 
 def single_study(

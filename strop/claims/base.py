@@ -5,6 +5,7 @@ whichever way the answer falls is printed.
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,6 +120,79 @@ class Table:
     def claim(self, rows: Sequence[Row], **fields: Any) -> Claim:
         """A claim that rests on this experiment; `rows` are its details."""
         return Claim(seconds=round(self.seconds, 1), details=tuple(cut(row) for row in rows), **fields)
+
+
+Tables = dict[str, Table]
+"""By experiment."""
+
+
+def measured(experiment: str, study: Callable[[], list[Row]]) -> Tables:
+    """The table of one experiment, with what it took."""
+    start = time.perf_counter()
+    rows = study()
+    return {experiment: Table(rows, time.perf_counter() - start)}
+
+
+class Progress:
+    """Turns measurements begun into the share done."""
+
+    def __init__(self, report: Report, expected: int) -> None:
+        self.report, self.expected, self.begun = report, expected, 0
+
+    def __call__(self, what: str) -> None:
+        self.report(what, min(self.begun / self.expected, 1.0))
+        self.begun += 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """What can be measured apart from the rest of a paper: an experiment on one model, say."""
+
+    name: str
+    steps: int
+    """Measurements that it announces."""
+    study: Callable[[Any, Progress], Tables]
+    """Measures, given what the paper's experiments run on."""
+    timed: bool = False
+    """Whether seconds are what it measures, so that nothing may run beside it."""
+
+
+def part(
+    experiment: str,
+    of: str,
+    steps: int,
+    study: Callable[[Any, Progress], list[Row]],
+    timed: bool = False,
+) -> Part:
+    """A part of one experiment."""
+    name = f"{experiment}, {of}" if of else experiment
+    return Part(name, steps, lambda bed, progress: measured(experiment, lambda: study(bed, progress)), timed)
+
+
+def joined(found: Iterable[Tables]) -> Tables:
+    """The tables of parts as one: rows in the order of the parts, and the seconds of all."""
+    tables: Tables = {}
+    for one in found:
+        for name, table in one.items():
+            before = tables.get(name, Table([], 0.0))
+            tables[name] = Table([*before.rows, *table.rows], before.seconds + table.seconds)
+    return tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """How the claims of a paper are measured."""
+
+    scales: Mapping[str, Any]
+    """How large the experiments are, by name."""
+    lay: Callable[[Any, Progress], Any]
+    """What the experiments of a scale run on."""
+    laying: int
+    """Measurements that `lay` announces."""
+    parts: Callable[[Any], list[Part]]
+    """The experiments of a scale."""
+    verdicts: Callable[[Tables, Any], list[Claim]]
+    """Every hypothesis against the tables."""
 
 
 def _will_do(value: Any, wanted: Any) -> bool:

@@ -6,10 +6,25 @@ claims that are timed, whose numbers differ by some percent from run to run; rep
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
-from strop.claims.base import Claim, Report, Table, graded, interval, listed, on_a_gpu
+from strop.claims.base import (
+    Claim,
+    Paper,
+    Part,
+    Progress,
+    Row,
+    Table,
+    Tables,
+    graded,
+    interval,
+    joined,
+    listed,
+    on_a_gpu,
+    part,
+)
 from strop.claims.caddtree_replays import MUCH, REACHES, against, replayed, said
 from strop.claims.caddtree_study import (
     AWARE,
@@ -24,8 +39,7 @@ from strop.claims.caddtree_study import (
     replay_study,
     speed_study,
 )
-from strop.claims.codec_bed import Progress
-from strop.claims.draft_bed import PLAIN, QWEN, SCALES, Bed, Scale, faster, lay, run
+from strop.claims.draft_bed import LAYING, PLAIN, QWEN, SCALES, Bed, Scale, faster, lay
 from strop.claims.stock import STOCK
 
 CLOSE, NEAR = 0.10, 0.20
@@ -38,29 +52,40 @@ RESTS = f"judged of {SHIPPED}, the rule as shipped, which takes plain steps wher
 TIMED = "zoo:coder in float32, seconds of the process (on a GPU of the clock), ways taking turns on each text"
 
 
-def claims(scale: str, report: Report) -> list[Claim]:
-    """Measure all of CaDDTree's claims at a scale, "cpu" or "gpu"."""
-    size = SCALES[scale]
-    progress = Progress(report, announced(size))
-    found = verdicts(measure(lay(size, progress), size, progress), size)
-    report("done", 1.0)
-    return found
-
-
 def announced(scale: Scale) -> int:
-    """Measurements that `measure` announces, the reading of the texts included."""
-    return 1 + 4 + 2 * scale.files + 1 + scale.files + 2 * scale.files + len(CURVES) + 1
+    """Measurements that `lay` and `measure` announce."""
+    return LAYING + sum(one.steps for one in parts(scale))
 
 
-def measure(bed: Bed, scale: Scale, progress: Progress) -> dict[str, Table]:
+def parts(scale: Scale) -> list[Part]:
+    """The experiments; what is recorded, by temperature."""
+
+    def replays(temperature: int, bed: Bed, progress: Progress) -> list[Row]:
+        return replay_study(bed, scale, progress, (temperature,))
+
+    return [
+        part(
+            "speed",
+            "",
+            4 + 2 * scale.files,
+            lambda bed, progress: speed_study(bed, scale, progress),
+            timed=True,
+        ),
+        part(
+            "prediction",
+            "",
+            1 + scale.files,
+            lambda bed, progress: prediction_study(bed, scale, progress),
+            timed=True,
+        ),
+        part("replay", "temperature 0", scale.files + len(CURVES), partial(replays, 0)),
+        part("replay", "temperature 1", scale.files + 1, partial(replays, 1)),
+    ]
+
+
+def measure(bed: Bed, scale: Scale, progress: Progress) -> Tables:
     """All experiments; raises RuntimeError when a control does not behave."""
-    return run(
-        {
-            "speed": lambda: speed_study(bed, scale, progress),
-            "prediction": lambda: prediction_study(bed, scale, progress),
-            "replay": lambda: replay_study(bed, scale, progress),
-        }
-    )
+    return joined(one.study(bed, progress) for one in parts(scale))
 
 
 def verdicts(tables: dict[str, Table], scale: Scale) -> list[Claim]:
@@ -189,3 +214,6 @@ def _speeds(table: Table) -> str:
         for t in (0, 1)
     ]
     return f"tokens a second at T=0: {found[0]}; at T=1: {found[1]}"
+
+
+PAPER = Paper(scales=SCALES, lay=lay, laying=LAYING, parts=parts, verdicts=verdicts)

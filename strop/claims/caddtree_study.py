@@ -4,7 +4,7 @@ Replays are deterministic: they take their seconds from cost curves that are wri
 kind of machine and those that the authors measured on theirs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -109,7 +109,9 @@ class Deaf(Throughput):
         """Nothing is learned."""
 
 
-def replay_study(bed: Bed, scale: Scale, progress: Progress) -> list[Row]:
+def replay_study(
+    bed: Bed, scale: Scale, progress: Progress, temperatures: Sequence[int] = (0, 1)
+) -> list[Row]:
     """Tokens and predicted seconds of rounds along recorded texts, by cost curve and stop rule.
 
     Greedy texts are replayed under all curves; those at temperature 1 under the CPU's, and there the target's
@@ -117,7 +119,7 @@ def replay_study(bed: Bed, scale: Scale, progress: Progress) -> list[Row]:
     budget promises more tokens a second than the chosen size in any round.
     """
     rows = []
-    for temperature in (0, 1):
+    for temperature in temperatures:
         nodes = max(scale.fixed) if temperature else 0
         recording = Recording("proposals", bed.drafter(DFLASH), Grown(FixedBudget(nodes)), WIDTH)
         traces = recording.traces(bed, temperature, scale.new if temperature else 2 * scale.new, progress)

@@ -5,18 +5,19 @@ planted into its keys. One that reasons: the bundled reasoner. Everything is com
 is seen is the codec and not the model's own rounding.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from strop.claims.accuracy import even_problems
-from strop.claims.base import Report, Row, Table
+from strop.claims.base import Part, Progress, Row, Tables, joined, part
 from strop.claims.codec_study import (
     CODECS,
     PRESETS,
+    RIVALS,
     SINKS,
     STOCK,
     accumulation_study,
@@ -83,17 +84,8 @@ SCALES = {
 CODER, PLAIN, PLANTED = "zoo:coder", "plain twin", "planted twin"
 TRAINING = 40
 """Announcements of one twin's training."""
-
-
-class Progress:
-    """Turns measurements begun into the share done."""
-
-    def __init__(self, report: Report, expected: int) -> None:
-        self.report, self.expected, self.begun = report, expected, 0
-
-    def __call__(self, what: str) -> None:
-        self.report(what, min(self.begun / self.expected, 1.0))
-        self.begun += 1
+LAYING = 1 + 2 * (TRAINING + 1)
+"""Measurements that `lay` announces."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +99,8 @@ class Bed:
 
 
 def expected(scale: Scale) -> int:
-    """Measurements that `run` announces, training included."""
-    points = len(scale.sinks)
-    reads = 2 * ((points + 1) * 2 + points) * len(CODECS) + points * 2 * len(CODECS)
-    tables = len(GENERATED) + 4 + 9 + 2 * len(contenders(0, scale.group, scale.half))
-    return reads + tables + len(PRESETS) * points * 3 + len(STOCK) + 2 + 2 * TRAINING
+    """Measurements that `lay` and `run` announce."""
+    return LAYING + sum(one.steps for one in parts(scale))
 
 
 def lay(scale: Scale, progress: Progress) -> Bed:
@@ -158,28 +147,56 @@ def first_tokens(texts: Iterable[list[int]], count: int, length: int, device: st
     raise StropError(f"only {len(rows)} held-out documents have {length} tokens; {count} are needed")
 
 
-def run(bed: Bed, scale: Scale, progress: Progress) -> dict[str, Table]:
-    """All experiments; raises RuntimeError when a control does not behave."""
+def parts(scale: Scale) -> list[Part]:
+    """The experiments, by the model that they read."""
     group, sinks = scale.group, scale.main_sinks
-    both = (bed.coder, bed.planted)
     two = [(2, group, held) for held in scale.sinks]
     points = [*two, (2, scale.half, sinks), *((4, group, held) for held in scale.sinks)]
-    grids = ((bed.coder, points), (bed.planted, points), (bed.plain, two))
+    grids = {"coder": points, "planted": points, "plain": two}
     rivals = contenders(sinks, group, scale.half)
-    studies: dict[str, Callable[[], list[Row]]] = {
-        "generated tiles": lambda: tile_study(scale.draws, scale.tiles, group, scale.dim, progress),
-        "captured tiles": lambda: [r for s in both for r in captured_study(s, group, sinks, progress)],
-        "accumulation": lambda: [r for s, grid in grids for r in accumulation_study(s, grid, progress)],
-        "repair": lambda: [r for s in (bed.plain, *both) for r in repair_study(s, group, sinks, progress)],
-        "equal bytes": lambda: [r for s in both for r in bytes_study(s, rivals, progress)],
-        "accuracy": lambda: _accuracy(bed.reasoner, scale, progress),
-    }
-    tables = {}
-    for name, study in studies.items():
-        start = time.perf_counter()
-        rows = study()
-        tables[name] = Table(rows, time.perf_counter() - start)
-    return tables
+
+    def generated(bed: Bed, progress: Progress) -> list[Row]:
+        return tile_study(scale.draws, scale.tiles, group, scale.dim, progress)
+
+    def captured(subject: Subject, progress: Progress) -> list[Row]:
+        return captured_study(subject, group, sinks, progress)
+
+    def accumulated(grid: list[tuple[int, int, int]], subject: Subject, progress: Progress) -> list[Row]:
+        return accumulation_study(subject, grid, progress)
+
+    def repaired(subject: Subject, progress: Progress) -> list[Row]:
+        return repair_study(subject, group, sinks, progress)
+
+    def at_equal_bytes(subject: Subject, progress: Progress) -> list[Row]:
+        return bytes_study(subject, rivals, progress)
+
+    solved = len(PRESETS) * len(scale.sinks) * (len(RIVALS) + 1) + len(STOCK) + 2
+    return [
+        part("generated tiles", "", len(GENERATED), generated),
+        *(_on(name, "captured tiles", 2, captured) for name in ("coder", "planted")),
+        *(
+            _on(name, "accumulation", _reads(grid), partial(accumulated, grid))
+            for name, grid in grids.items()
+        ),
+        *(_on(name, "repair", 3, repaired) for name in ("plain", "coder", "planted")),
+        *(_on(name, "equal bytes", len(rivals), at_equal_bytes) for name in ("coder", "planted")),
+        part("accuracy", "", solved, lambda bed, progress: _accuracy(bed.reasoner, scale, progress)),
+    ]
+
+
+def _on(model: str, experiment: str, steps: int, study: Callable[[Subject, Progress], list[Row]]) -> Part:
+    """An experiment on one of the bed's models that read."""
+    return part(experiment, model, steps, lambda bed, progress: study(getattr(bed, model), progress))
+
+
+def _reads(grid: Iterable[tuple[int, int, int]]) -> int:
+    """How often a text is read at some points."""
+    return sum(len(CODECS) * (2 if bits == 2 else 1) for bits, _, _ in grid)
+
+
+def run(bed: Bed, scale: Scale, progress: Progress) -> Tables:
+    """All experiments; raises RuntimeError when a control does not behave."""
+    return joined(one.study(bed, progress) for one in parts(scale))
 
 
 def _accuracy(reasoner: Model, scale: Scale, progress: Progress) -> list[Row]:

@@ -5,7 +5,7 @@ are the process's own CPU seconds: ways take turns on one text after another, an
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +16,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from strop.audit.base import bootstrap
-from strop.claims.base import Row, Table
-from strop.claims.codec_bed import Progress, first_tokens
+from strop.claims.base import Progress, Row
+from strop.claims.codec_bed import first_tokens
 from strop.core.errors import StropError
 from strop.core.sampling import keyed_gumbel
 from strop.decode import load_drafter
@@ -69,6 +69,10 @@ SCALES = {
     "cpu": Scale(name="cpu"),
     "gpu": Scale(name="gpu", device="cuda", files=40, new=128, rows=64),
 }
+
+
+LAYING = 1
+"""Measurements that `lay` announces."""
 
 
 @dataclass(frozen=True)
@@ -223,16 +227,6 @@ def faster(over: Row, under: Row) -> tuple[float, tuple[float, float]]:
 def best(rows: Sequence[Row]) -> Row:
     """The row of most tokens a second."""
     return max(rows, key=lambda row: sum(row["tokens"]) / sum(row["seconds"]))
-
-
-def run(studies: Mapping[str, Callable[[], list[Row]]]) -> dict[str, Table]:
-    """The tables of some experiments, each with what it took."""
-    tables = {}
-    for name, study in studies.items():
-        start = time.perf_counter()
-        rows = study()
-        tables[name] = Table(rows, time.perf_counter() - start)
-    return tables
 
 
 QWEN = "needs a CUDA device, Qwen3 and its published drafters, none of which is bundled"

@@ -10,8 +10,8 @@ from functools import partial
 
 import numpy as np
 
-from strop.claims.base import Claim, Report, Table, graded, interval, listed, ratio
-from strop.claims.codec_bed import CODER, PLAIN, PLANTED, SCALES, Progress, Scale, expected, lay, run
+from strop.claims.base import Claim, Paper, Table, graded, interval, listed, ratio
+from strop.claims.codec_bed import CODER, LAYING, PLAIN, PLANTED, SCALES, Scale, lay, parts
 from strop.claims.codec_study import CODECS, RIVALS
 from strop.claims.kvarn_use import equal_bytes, exact_match, system
 
@@ -26,15 +26,6 @@ TENTH = 0.1
 LOSSLESS = 0.005
 """Relative rise of loss that passes as none."""
 TEXTS = "held-out texts"
-
-
-def claims(scale: str, report: Report) -> list[Claim]:
-    """Measure all of KVarN's claims at a scale, "cpu" or "gpu"."""
-    size = SCALES[scale]
-    progress = Progress(report, expected(size))
-    found = verdicts(run(lay(size, progress), size, progress), size)
-    report("done", 1.0)
-    return found
 
 
 def verdicts(tables: dict[str, Table], scale: Scale) -> list[Claim]:
@@ -222,3 +213,6 @@ def _last_first(means: dict[str, float]) -> dict[str, float]:
 def _values(found: dict[str, tuple[float, tuple[float, float]]]) -> dict[str, float]:
     """The estimates, without their intervals."""
     return {name: value for name, (value, _) in found.items()}
+
+
+PAPER = Paper(scales=SCALES, lay=lay, laying=LAYING, parts=parts, verdicts=verdicts)

@@ -6,13 +6,28 @@ percent from run to run, everything else comes out the same.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from strop.claims.base import Claim, Report, Row, Table, graded, interval, listed, on_a_gpu, ratio
-from strop.claims.codec_bed import Progress
-from strop.claims.draft_bed import PLAIN, QWEN, SCALES, Bed, Scale, faster, lay, run
+from strop.claims.base import (
+    Claim,
+    Paper,
+    Part,
+    Progress,
+    Row,
+    Table,
+    Tables,
+    graded,
+    interval,
+    joined,
+    listed,
+    on_a_gpu,
+    part,
+    ratio,
+)
+from strop.claims.draft_bed import LAYING, PLAIN, QWEN, SCALES, Bed, Scale, faster, lay
 from strop.claims.treeflash_study import (
     CHAIN,
     CORRECTED,
@@ -41,29 +56,34 @@ LARGE = {
 }
 
 
-def claims(scale: str, report: Report) -> list[Claim]:
-    """Measure all of TreeFlash's claims at a scale, "cpu" or "gpu"."""
-    size = SCALES[scale]
-    progress = Progress(report, announced(size))
-    found = verdicts(measure(lay(size, progress), size, progress), size)
-    report("done", 1.0)
-    return found
-
-
 def announced(scale: Scale) -> int:
-    """Measurements that `measure` announces, the reading of the texts included."""
-    return 1 + 1 + 4 + 2 * (3 * scale.files + scale.control) + 2 + 2 * scale.files
+    """Measurements that `lay` and `measure` announce."""
+    return LAYING + sum(one.steps for one in parts(scale))
 
 
-def measure(bed: Bed, scale: Scale, progress: Progress) -> dict[str, Table]:
+def parts(scale: Scale) -> list[Part]:
+    """The experiments; what is recorded, by temperature."""
+
+    def trees(temperature: int, bed: Bed, progress: Progress) -> list[Row]:
+        return tree_study(bed, scale, progress, (temperature,))
+
+    recorded = 3 * scale.files + scale.control
+    return [
+        part("slots", "", 5, lambda bed, progress: slot_study(bed, scale, progress)),
+        *(part("trees", f"temperature {at}", recorded, partial(trees, at)) for at in (0, 1)),
+        part(
+            "speed",
+            "",
+            2 + 2 * scale.files,
+            lambda bed, progress: speed_study(bed, scale, progress),
+            timed=True,
+        ),
+    ]
+
+
+def measure(bed: Bed, scale: Scale, progress: Progress) -> Tables:
     """All experiments; raises RuntimeError when a control does not behave."""
-    return run(
-        {
-            "slots": lambda: slot_study(bed, scale, progress),
-            "trees": lambda: tree_study(bed, scale, progress),
-            "speed": lambda: speed_study(bed, scale, progress),
-        }
-    )
+    return joined(one.study(bed, progress) for one in parts(scale))
 
 
 def verdicts(tables: dict[str, Table], scale: Scale) -> list[Claim]:
@@ -252,3 +272,6 @@ def fast(scale: Scale, table: Table) -> Claim:
         "each slot weighs much",
         **_common(scale, scale.files),
     )
+
+
+PAPER = Paper(scales=SCALES, lay=lay, laying=LAYING, parts=parts, verdicts=verdicts)

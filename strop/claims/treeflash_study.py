@@ -5,7 +5,7 @@ here is the correction.
 """
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +83,7 @@ def slot_study(bed: Bed, scale: Scale, progress: Progress) -> list[Row]:
     return rows
 
 
-def tree_study(bed: Bed, scale: Scale, progress: Progress) -> list[Row]:
+def tree_study(bed: Bed, scale: Scale, progress: Progress, temperatures: Sequence[int] = (0, 1)) -> list[Row]:
     """Tokens to expect of a round, by the target's own probabilities, at every token of each text.
 
     Raises RuntimeError when drafters do not meet the same texts, or an approximator of zeros changes trees.
@@ -95,7 +95,7 @@ def tree_study(bed: Bed, scale: Scale, progress: Progress) -> list[Row]:
         Recording(CHAIN, marginal, Chain()),
     )
     rows, new = [], scale.traced + marginal.horizon
-    for temperature in (0, 1):
+    for temperature in temperatures:
         traces = {one.name: one.traces(bed, temperature, new, progress) for one in kept}
         _require_same_texts(traces)
         zero = Recording(ZERO, _zeros(bed, tree.rule.budget), tree)

@@ -11,8 +11,8 @@ from itertools import product
 
 import numpy as np
 
-from strop.claims.base import Claim, Report, Table, graded, interval, listed, ratio
-from strop.claims.codec_bed import PLAIN, PLANTED, Progress
+from strop.claims.base import Claim, Paper, Table, graded, interval, listed, ratio
+from strop.claims.codec_bed import PLAIN, PLANTED
 from strop.claims.evict_policies import (
     ATTN_V,
     CUR,
@@ -26,7 +26,7 @@ from strop.claims.evict_policies import (
     SNAP,
 )
 from strop.claims.evict_study import FULL, Regime
-from strop.claims.vase_bed import SCALES, Scale, expected, lay, run
+from strop.claims.vase_bed import LAYING, SCALES, Scale, lay, parts
 from strop.claims.vase_mechanism import mechanism, system
 
 REACHES = 0.05
@@ -35,15 +35,6 @@ SETS = "sets of problems, policy seeds"
 Estimate = tuple[float, tuple[float, float]]
 """A value and its interval."""
 PAPER_ANSWERS = "average of 5 tasks, Qwen3-4B: "
-
-
-def claims(scale: str, report: Report) -> list[Claim]:
-    """Measure all of VaSE's claims at a scale, "cpu" or "gpu"."""
-    size = SCALES[scale]
-    progress = Progress(report, expected(size))
-    found = verdicts(run(lay(size, progress), size, progress), size)
-    report("done", 1.0)
-    return found
 
 
 def verdicts(tables: dict[str, Table], scale: Scale) -> list[Claim]:
@@ -208,3 +199,6 @@ def selection(scale: Scale, table: Table) -> Claim:
         f"which a learned gate imitates; within {REACHES}: {', '.join(points) or 'nowhere'}; "
         + curves(scale, table, [SELECTION]),
     )
+
+
+PAPER = Paper(scales=SCALES, lay=lay, laying=LAYING, parts=parts, verdicts=verdicts)

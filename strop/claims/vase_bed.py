@@ -7,17 +7,16 @@ wins, is neither nothing nor everything.
 """
 
 import dataclasses
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from strop.claims.base import Row, Table
-from strop.claims.codec_bed import CODER, PLAIN, PLANTED, TRAINING, Progress, announcer, first_tokens
+from strop.claims.base import Part, Progress, Row, Tables, joined, part
+from strop.claims.codec_bed import CODER, PLAIN, PLANTED, TRAINING, announcer, first_tokens
 from strop.claims.evict_policies import POLICIES
 from strop.claims.evict_study import Regime, lay_out, solving_study
 from strop.claims.large_values import LargeValues, eviction_study
@@ -71,6 +70,10 @@ SCALES = {
 }
 
 
+LAYING = 1 + 2 * (TRAINING + 1)
+"""Measurements that `lay` announces."""
+
+
 @dataclass(frozen=True)
 class Bed:
     """The models that the experiments run on, and what they read."""
@@ -85,10 +88,8 @@ class Bed:
 
 
 def expected(scale: Scale) -> int:
-    """Measurements that `run` announces, training included."""
-    solved = sum(len(regime.budgets) for regime in scale.regimes) * (len(POLICIES) + 1)
-    read = 2 * (len(POLICIES) * len(scale.twin_budgets) + 1)
-    return 1 + 2 * (TRAINING + 1) + len(scale.regimes) + solved + 2 * len(POLICIES) + read + 1
+    """Measurements that `lay` and `run` announce."""
+    return LAYING + sum(one.steps for one in parts(scale))
 
 
 def lay(scale: Scale, progress: Progress) -> Bed:
@@ -117,22 +118,37 @@ def undamaged(model: PreTrainedModel, tokens: Tensor) -> Cache:
     return cache
 
 
-def run(bed: Bed, scale: Scale, progress: Progress) -> dict[str, Table]:
+def parts(scale: Scale) -> list[Part]:
+    """The experiments, by regime and by model."""
+    read = len(POLICIES) * len(scale.twin_budgets) + 1
+
+    def written(number: int, bed: Bed, progress: Progress) -> list[Row]:
+        return solve(bed, scale.regimes[number], scale, progress)
+
+    def streamed(bed: Bed, progress: Progress) -> list[Row]:
+        return stream_study(scale.stream, scale.streams, progress)
+
+    return [
+        *(
+            part(
+                "solving",
+                regime.name,
+                1 + len(regime.budgets) * (len(POLICIES) + 1),
+                partial(written, number),
+            )
+            for number, regime in enumerate(scale.regimes)
+        ),
+        part("stream", "", 2 * len(POLICIES), streamed),
+        part("twins", PLAIN, read, lambda bed, progress: evict(PLAIN, bed.plain, bed, scale, progress)),
+        part("twins", PLANTED, read, lambda bed, progress: evict(PLANTED, bed.planted, bed, scale, progress)),
+        part("value error", "", 0, lambda bed, progress: values(bed, scale)),
+        part("retention", "", 1, lambda bed, progress: retention(bed, scale, progress)),
+    ]
+
+
+def run(bed: Bed, scale: Scale, progress: Progress) -> Tables:
     """All experiments; raises RuntimeError when a control does not behave."""
-    twins = ((PLAIN, bed.plain), (PLANTED, bed.planted))
-    studies: dict[str, Callable[[], list[Row]]] = {
-        "solving": lambda: [row for regime in scale.regimes for row in solve(bed, regime, scale, progress)],
-        "stream": lambda: stream_study(scale.stream, scale.streams, progress),
-        "twins": lambda: [row for twin in twins for row in evict(*twin, bed, scale, progress)],
-        "value error": lambda: values(bed, scale),
-        "retention": lambda: retention(bed, scale, progress),
-    }
-    tables = {}
-    for name, study in studies.items():
-        start = time.perf_counter()
-        rows = study()
-        tables[name] = Table(rows, time.perf_counter() - start)
-    return tables
+    return joined(one.study(bed, progress) for one in parts(scale))
 
 
 def solve(bed: Bed, regime: Regime, scale: Scale, progress: Progress) -> list[Row]:

@@ -55,7 +55,8 @@ def not_loaded(part: str, path: Path, error: Exception) -> StropError:
 def require_causal(checkpoint: Checkpoint) -> None:
     """Raise StropError unless the config is of a causal language model."""
     kind = checkpoint.config["model_type"]
-    classes = [str(name) for name in checkpoint.config.get("architectures") or []]
+    told = checkpoint.config.get("architectures")
+    classes = [str(name) for name in told] if isinstance(told, list) else []
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind, "")
     if not known or (classes and not any(name in known or "ForCausalLM" in name for name in classes)):
         raise StropError(

@@ -5,8 +5,10 @@ Not covered: whether the numbers are finite; the loader looks at those once they
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from hashlib import blake2b, file_digest
+from operator import index as whole
 from pathlib import Path
 
 import psutil
@@ -28,6 +30,8 @@ TOLD = (
 """Files besides weights that change what a model writes."""
 INDEX = "model.safetensors.index.json"
 HEADER_LIMIT = 100 << 20
+LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+"""What configs call the number of layers."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def inspect(path: Path) -> Checkpoint:
     Raises StropError when the folder, its config or its tokenizer is missing, when it holds pickles only, or
     when a safetensors file is truncated.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise StropError(f"no model folder at {path}: give a checkpoint folder or zoo:NAME")
     config = _config(path)
     if "dflash_config" in config:
@@ -79,8 +83,9 @@ def inspect(path: Path) -> Checkpoint:
             f"{path} has no tokenizer ({', '.join(TOKENIZERS)}): copy the tokenizer files of the original "
             "model into the folder"
         )
-    elements = sum(_elements(shard) for shard in shards)
-    return Checkpoint(path, config, shards, elements, sum(s.stat().st_size for s in shards))
+    sizes = [size for shard in shards for size in _sizes(shard)]
+    _require_layers(path, config, len(sizes))
+    return Checkpoint(path, config, shards, sum(sizes), sum(s.stat().st_size for s in shards))
 
 
 def _config(path: Path) -> dict:
@@ -111,8 +116,8 @@ def _shards(path: Path) -> tuple[Path, ...]:
     return tuple(shard for shard in present if shard.name in wanted)
 
 
-def _elements(shard: Path) -> int:
-    """Numbers stored in a safetensors file, after checking that the file is as long as its header says."""
+def _sizes(shard: Path) -> list[int]:
+    """Numbers in each tensor of a safetensors file, whose length must be what its header says."""
     size = shard.stat().st_size
     broken = StropError(f"{shard} is truncated or not a safetensors file: download it again")
     with shard.open("rb") as file:
@@ -123,12 +128,22 @@ def _elements(shard: Path) -> int:
             header = json.loads(file.read(length))
             entries = [entry for name, entry in header.items() if name != "__metadata__"]
             end = max((entry["data_offsets"][1] for entry in entries), default=0)
-            elements = sum(math.prod(entry["shape"]) for entry in entries)
+            sizes = [math.prod(map(whole, entry["shape"])) for entry in entries]
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise broken from error
-    if 8 + length + end != size:
+    if 8 + length + end != size or not all(0 <= one <= 8 * size for one in sizes):
         raise broken
-    return elements
+    return sizes
+
+
+def _require_layers(path: Path, config: dict, weights: int) -> None:
+    """Raise StropError for more layers than weights, which would be built for hours before one is missed."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    told = [part[key] for part in parts for key in LAYERS if type(part.get(key)) is int]
+    if max(told, default=0) > weights:
+        raise StropError(
+            f"{path} has {max(told)} layers by config.json and {weights} weights: restore the original files"
+        )
 
 
 def require_memory(checkpoint: Checkpoint, itemsize: float, available: int | None = None) -> None:

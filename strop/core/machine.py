@@ -11,12 +11,17 @@ from typing import Any
 
 import psutil
 
+from strop.core.errors import StropError
+
 UNMEASURED = (
     "cli.py",
+    "cli_serve.py",
     "cli_train.py",
     "console.py",
+    "core/executor.py",
     "decode/fit.py",
     "doctor.py",
+    "harness.py",
     "options.py",
     "tables.py",
     "tune/chosen.py",
@@ -25,6 +30,8 @@ UNMEASURED = (
     "tune/report_measures.py",
 )
 """Code that no measurement runs through."""
+HARDWARE = ("cpu", "gpu", "threads")
+"""What an environment has besides versions."""
 
 
 def version(package: str) -> str | None:
@@ -66,6 +73,22 @@ def environment() -> dict[str, Any]:
     }
 
 
+def require_alike(driver: dict[str, Any], code: str) -> None:
+    """Take over the threads of the process that shares out the work, on which sums depend.
+
+    Raises StropError unless versions here are those of its `environment()` and `code_version()`.
+    """
+    import torch
+
+    torch.set_num_threads(driver["threads"])
+    here = environment()
+    unlike = [name for name, said in driver.items() if name not in HARDWARE and here[name] != said]
+    if code_version() != code:
+        unlike.append("strop")
+    if unlike:
+        raise StropError(f"{', '.join(unlike)} of another version than the driver's: install the same")
+
+
 def machine() -> dict[str, Any]:
     """Hardware and versions, for reports."""
     import torch
@@ -94,6 +117,6 @@ def code_version() -> str:
     hasher = blake2b(digest_size=8)
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root).as_posix()
-        if name not in UNMEASURED and not name.startswith("claims/"):
+        if name not in UNMEASURED and not name.startswith(("claims/", "server/")):
             hasher.update(name.encode() + file.read_bytes())
     return hasher.hexdigest()

@@ -1,7 +1,8 @@
-"""Training runs that a killed process goes on with: weights, moments and a note in one safetensors file."""
+"""Training runs that a killed process goes on with: a folder claimed, weights and moments in one file."""
 
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from strop.core.errors import StropError
-from strop.core.files import atomic
+from strop.core.files import atomic, is_part_of
 
+RUN = "run.json"
+"""What a folder says of the run that it belongs to."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What Adam keeps of each parameter."""
 
+Report = Callable[[str, float], None]
 Parameters = Iterable[tuple[str, nn.Parameter]]
 
 
@@ -63,3 +67,39 @@ def restore_run(
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
         raise StropError(f"{path} is damaged: remove it and run again") from error
     return note
+
+
+def timed(report: Report) -> Report:
+    """Adds the minutes that are left, at the rate so far."""
+    heard: list[tuple[float, float]] = []
+
+    def told(what: str, share: float) -> None:
+        heard.append((time.monotonic(), share))
+        (started, first), (now, _) = heard[0], heard[-1]
+        done = share - first
+        left = f", {(1 - share) / done * (now - started) / 60:.1f} minutes left" if done > 0 else ""
+        report(what + left, share)
+
+    return told
+
+
+def claim(out: Path, about: dict[str, Any], resume: bool) -> None:
+    """Mark a folder as of this run. Raises StropError when it holds another one, or other things."""
+    note = out / RUN
+    if out.is_dir() and not all(is_part_of(path, note) for path in out.iterdir()):
+        try:
+            held = json.loads(note.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StropError(f"{out} holds files that no training run wrote: name another folder") from error
+        if held != about and not resume:
+            raise StropError(
+                f"{out} holds a run with other settings, texts or model: name another folder, or add "
+                "--resume to replace it and keep what fits"
+            )
+    write_json(note, about)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

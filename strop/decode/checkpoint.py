@@ -72,7 +72,10 @@ def new_config(
 def save_drafter(
     folder: Path, net: DFlashNet, approximator: Approximator | None = None, rows: int = ROWS
 ) -> None:
-    """Write a drafter's folder in bfloat16, the config last, so that a folder with one is whole."""
+    """Write a drafter's folder in bfloat16, the config last, so that a folder with one is whole.
+
+    An older config goes first. Raises StropError when the disk is full.
+    """
     tensors = dict(net.state_dict())
     config = net.config.to_diff_dict()
     if approximator is not None:
@@ -81,6 +84,7 @@ def save_drafter(
     stored = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in tensors.items()
     }
+    (folder / "config.json").unlink(missing_ok=True)
     with atomic(folder / "model.safetensors") as temporary:
         save_file(stored, temporary, metadata={"format": "pt"})
     with atomic(folder / "config.json") as temporary:
@@ -92,8 +96,22 @@ def read_drafter(folder: Path, target: PreTrainedModel) -> DFlashDrafter:
 
     Raises StropError when the folder is incomplete or damaged, or was made for another target.
     """
-    config = _config(folder, target)
     tensors = _tensors(folder)
+    config = _config(folder, target, len(tensors))
+    try:
+        return _bound(config, tensors, folder, target)
+    except StropError:
+        raise
+    except Exception as error:  # torch and transformers raise many kinds for sizes that cannot be
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise StropError(
+            f"{folder}: config.json describes no drafter ({reason}): restore the original files"
+        ) from error
+
+
+def _bound(
+    config: Qwen3Config, tensors: Mapping[str, Tensor], folder: Path, target: PreTrainedModel
+) -> DFlashDrafter:
     correction = {
         name.removeprefix(APPROXIMATOR): tensor
         for name, tensor in tensors.items()
@@ -106,6 +124,8 @@ def read_drafter(folder: Path, target: PreTrainedModel) -> DFlashDrafter:
         return DFlashDrafter(net, target)
     approximator = _filled(Approximator(config), correction, folder).to(target.device, target.dtype)
     rows = getattr(config, "treeflash_config", {}).get("rows", ROWS)
+    if type(rows) is not int or rows < 1:
+        raise ValueError(f"rows of treeflash_config must be a number from 1 on, got {rows!r}")
     return TreeFlashDrafter(net, approximator, target, rows)
 
 
@@ -134,12 +154,14 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         raise StropError(f"{folder} holds a damaged safetensors file ({error}): download it again") from error
 
 
-def _config(folder: Path, target: PreTrainedModel) -> Qwen3Config:
-    """The drafter's config, after checking that it is one and belongs to `target`."""
+def _config(folder: Path, target: PreTrainedModel, weights: int) -> Qwen3Config:
+    """The drafter's config, after checking that it is one, of so many weights, and belongs to `target`."""
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         own = raw["dflash_config"]
         raw["block_size"] = int(raw.get("block_size") or own["block_size"])
+        if not 0 < (layers := raw.get("num_hidden_layers", 1)) <= weights:
+            raise ValueError(f"{layers} layers of {weights} weights")
         config = Qwen3Config(
             **{key: value for key, value in raw.items() if key not in ("auto_map", "model_type")}
         )

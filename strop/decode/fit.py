@@ -7,8 +7,6 @@ Differs from DFlash (arXiv 2602.06036), since little is trained here: layers sta
 last ones where the shapes agree, and learn from its whole distributions.
 """
 
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -21,8 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 
 from strop.core.errors import StropError
-from strop.core.files import atomic, digest
+from strop.core.files import digest
 from strop.core.hooks import decoder_layers
+from strop.core.training import claim, timed, write_json
 from strop.decode.checkpoint import fingerprint, new_config, save_drafter
 from strop.decode.corpus import Document, Report, Rows, Shape, document_hash, regenerate
 from strop.decode.coverage import CANDIDATES, Coverage, coverage, lines
@@ -48,7 +47,7 @@ ANCHORS = 16
 """Blocks of each held-out row."""
 PASSES, BATCH, BLOCKS_A_ROW, LR, HEAD_LR = 4, 2, 32, 2.5e-3, 1e-3
 """Passes over the rows, rows of an update and blocks of a row; learning rates of drafter and approximator."""
-RUN, WORK = "run.json", "work"
+WORK = "work"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +136,7 @@ def fit_drafter(
     shapes = _shapes(target, train, held_out, settings)
     texts = digest([document_hash(document) for document in (*train, *held_out)])
     about = {"target": fingerprint(target), "texts": texts, **asdict(settings)}
-    _claim(out, about, resume)
+    claim(out, about, resume)
     stages = _Stages(target, out / WORK, settings, report)
     given = zip((train, held_out), shapes, strict=True)
     rows, held = (stages.rows(some, shape, (about["target"], texts)) for some, shape in given)
@@ -161,7 +160,7 @@ def fit_drafter(
         "coverage": {"plain": _told(plain), "corrected": corrected and _told(corrected)},
         "verdict": list(lines(plain, corrected)),
     }
-    _write(out / "training.json", record)
+    write_json(out / "training.json", record)
     save_drafter(out, trunk.net, approximator, CANDIDATES)
     return record
 
@@ -212,20 +211,6 @@ class _Stages:
         return {"plan": asdict(plan), "minutes": round(trainer.seconds / 60, 1), "log": thinned}
 
 
-def timed(report: Report) -> Report:
-    """Adds the minutes that are left, at the rate so far."""
-    heard: list[tuple[float, float]] = []
-
-    def told(what: str, share: float) -> None:
-        heard.append((time.monotonic(), share))
-        (started, first), (now, _) = heard[0], heard[-1]
-        done = share - first
-        left = f", {(1 - share) / done * (now - started) / 60:.1f} minutes left" if done > 0 else ""
-        report(what + left, share)
-
-    return told
-
-
 def _shapes(
     target: PreTrainedModel, train: Sequence[Document], held_out: Sequence[Document], settings: Settings
 ) -> tuple[Shape, Shape]:
@@ -248,24 +233,3 @@ def _shapes(
         for rows, batch in zip((count, measured), batches, strict=True)
     )
     return train_shape, held_out_shape
-
-
-def _claim(out: Path, about: dict[str, Any], resume: bool) -> None:
-    """Mark a folder as of this run. Raises StropError when it holds another one, or other things."""
-    note = out / RUN
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            held = json.loads(note.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise StropError(f"{out} holds files that no training run wrote: name another folder") from error
-        if held != about and not resume:
-            raise StropError(
-                f"{out} holds a run with other settings, texts or model: name another folder, or add "
-                "--resume to replace it and keep what fits"
-            )
-    _write(note, about)
-
-
-def _write(path: Path, value: Any) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

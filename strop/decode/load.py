@@ -43,7 +43,8 @@ def load_drafter(name: str | Path, target: PreTrainedModel) -> Drafter:
 def drafters_for(target: PreTrainedModel) -> list[str]:
     """The bundled drafters that were trained for `target`, as `zoo:NAME`."""
     try:
-        configs = {name: _config(zoo_path(name)) for name in zoo_names()}
+        folders = {name: zoo_path(name) for name in zoo_names()}
+        configs = {name: _config(at) for name, at in folders.items() if (at / "config.json").is_file()}
     except StropError:
         return []
     wanted = fingerprint(target)
@@ -70,8 +71,11 @@ def _require_tokenizer(folder: Path, target: Path) -> None:
     files = [place / "tokenizer.json" for place in (folder, target)]
     if not all(file.is_file() for file in files):
         return
-    own, wanted = (json.loads(file.read_text(encoding="utf-8")).get("model", {}) for file in files)
-    if own.get("vocab") != wanted.get("vocab"):
+    try:
+        own, wanted = (json.loads(file.read_text(encoding="utf-8"))["model"]["vocab"] for file in files)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StropError(f"cannot read the vocabulary in {folder}: restore its tokenizer.json") from error
+    if own != wanted:
         raise StropError(
             f"{folder} has another tokenizer than {target}: use a model with the target's tokenizer"
         )
@@ -84,6 +88,6 @@ def _folder(name: str | Path) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StropError(f"{folder} has no readable config.json: is the drafter complete?") from error
     return config if isinstance(config, dict) else {}

@@ -41,10 +41,7 @@ def save_cache(cache: KVCache, path: Path) -> None:
     }
     metadata = {"format": FORMAT, "seen": str(cache.get_seq_length())} | _identity(cache.method, cache.config)
     with atomic(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        save_file(tensors, temporary, metadata)
 
 
 def load_cache(

@@ -1,13 +1,13 @@
 """The chosen weights as a checkpoint folder that a serving engine reads."""
 
 import shlex
-import shutil
-import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from strop.core.errors import StropError
+from strop.core.files import scratch
 from strop.model import Model
 from strop.weights.stream import RECIPE, quantize_checkpoint
 
@@ -21,18 +21,18 @@ def export_chosen(model: Model, folder: Path, result: dict[str, Any]) -> None:
     old = (folder / RECIPE).is_file() and folder.resolve() != model.checkpoint.path.resolve()
     if model.recipe.weights is None:
         if old:
-            shutil.rmtree(folder)
+            _discard(folder)
         return
     try:
         if folder.exists() and not old:
             raise StropError(f"{folder} is there already and was not written by a study")
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as place:
-            fresh, recipe = Path(place) / "new", replace(model.recipe, kv=None, decode=None)
+        with scratch(folder) as place:
+            fresh, recipe = place / "new", replace(model.recipe, kv=None, decode=None)
             found = quantize_checkpoint(
                 model.checkpoint, model.recipe.weights, fresh, recipe.to_yaml(), model.calibration
             ).readers
             if old:
-                shutil.rmtree(folder)
+                _discard(folder)
             fresh.rename(folder)
         notes = "".join(f"; {said}" for said in found.said)
         where = shlex.quote(str(folder))
@@ -42,5 +42,11 @@ def export_chosen(model: Model, folder: Path, result: dict[str, Any]) -> None:
         result["commands"].append(f"{serve}  # the weights slot alone{notes}")
     except (StropError, OSError) as error:
         if old:
-            shutil.rmtree(folder, ignore_errors=True)
+            _discard(folder)
         result["not_measured"].append({"what": "a checkpoint of the chosen weights", "why": str(error)})
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder at once: a killed run leaves it whole, or not at all."""
+    with scratch(folder) as place, suppress(FileNotFoundError):
+        folder.rename(place / "old")

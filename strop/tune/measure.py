@@ -1,6 +1,7 @@
 """One measurement: a recipe beside the same checkpoint as is, on one workload, as one plain row."""
 
 import dataclasses
+import platform
 import time
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -10,13 +11,17 @@ from strop.audit.memory import fill_cache
 from strop.audit.quality import TextQuality, agreement, exact_match_loss, text_quality
 from strop.audit.speed import speed
 from strop.core.errors import StropError
-from strop.model import Model
+from strop.core.machine import cpu_name, gpu_name, require_alike
+from strop.model import Model, load
 from strop.recipe import SLOTS, Recipe, label
 from strop.tune.workload import CONTINUATION, NEW_TOKENS, Workload, answered, recalled
+from strop.weights.base import WeightMethod
 
 BATCH = 16
 """Prompts generated together when the recipe allows it."""
 PLAIN = {"decode": "plain"}
+SURVIVORS = 2
+"""Candidates of a slot that go on to compositions."""
 
 Report = Callable[[str, float], None]
 """Called with what is going on and the share done, 0 to 1."""
@@ -127,6 +132,63 @@ class Bench:
         }
 
 
+class Measurer:
+    """A worker of studies: measures recipes, given as plain data, beside one baseline."""
+
+    def __init__(self, base: Model, work: Workload, seed: int) -> None:
+        self.base = base
+        self.bench = Bench(base, work, seed)
+        self.packed: dict[WeightMethod | None, Model] = {}
+
+    def __call__(self, given: dict[str, Any], report: Report) -> dict[str, Any]:
+        """The row of one recipe, whatever comes of it; raises only where the baseline itself fails."""
+        recipe = Recipe.from_dict(given)
+        report("starting", 0.0)
+        try:
+            return self.bench.row(self._model(recipe), report)
+        except StropError as error:
+            return describe(recipe) | {"status": "refused", "reason": str(error), "seconds": 0.0}
+        except Exception as error:  # a fault of one method, often a peer's, does not end the study
+            if not recipe.methods():
+                raise
+            return failed(recipe, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def _model(self, recipe: Recipe) -> Model:
+        """The model under a recipe; the newest `SURVIVORS` weights methods are not applied again."""
+        if recipe.weights not in self.packed:
+            if len(self.packed) == SURVIVORS:
+                self.packed.pop(next(iter(self.packed)))
+            self.packed[recipe.weights] = self.base.with_(weights=recipe.weights)
+        return self.packed[recipe.weights].with_(**recipe.methods())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Elsewhere:
+    """Makes a measurer on another node, whose rows say where they come from."""
+
+    model: str
+    """zoo:NAME or a folder that every node sees."""
+    fingerprint: str
+    dtype: str
+    device: str
+    seed: int
+    work: Workload
+    code: str
+    environment: dict[str, Any]
+    """The driver's: its threads are taken over, its versions must be the node's."""
+
+    def __call__(self) -> Callable[[dict[str, Any], Report], dict[str, Any]]:
+        """Load the model. Raises StropError unless model and software are the driver's."""
+        require_alike(self.environment, self.code)
+        base = load(self.model, self.dtype, self.device)
+        if base.checkpoint.fingerprint() != self.fingerprint:
+            raise StropError(f"{self.model} is another model than the driver's: copy it to every node")
+        chip = gpu_name() if self.device == "cuda" else cpu_name()
+        node = {"node": f"{platform.node()}, {chip}"}
+        measurer = Measurer(base, self.work, self.seed)
+        return lambda given, report: measurer(given, report) | node
+
+
 def describe(recipe: Recipe) -> dict[str, Any]:
     """The part of a row that is known before measuring."""
     filled = recipe.methods()
@@ -144,6 +206,11 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "speed": None,
         "memory": None,
     }
+
+
+def failed(recipe: Recipe, reason: str) -> dict[str, Any]:
+    """The row of a recipe that a fault ended."""
+    return describe(recipe) | {"status": "failed", "reason": reason, "seconds": 0.0}
 
 
 def in_batches(model: Model, rows: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[list[int]]:

@@ -1,27 +1,22 @@
 """One HTML file that tells the outcome of a study to somebody who was not there.
 
-The page is self-contained: style, script, chart library and data are inside, a content security
-policy forbids every request, and every table is readable without JavaScript.  All numbers are
-worded here and in ``report_measures.py``; the template (``report.html.j2``), its style and its
-script only lay them out.  Labels and reasons are treated as hostile text.  What is not covered:
-measuring, ranking and choosing, which the study brings.
+Every table is readable without JavaScript.  All numbers are worded here and in
+``report_measures.py``; the template (``report.html.j2``) and its script only lay them out.  Labels
+and reasons are treated as hostile text.  What is not covered: measuring, ranking and choosing,
+which the study brings; and what all pages share, which is in ``core/page``.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
-from plotly.offline import get_plotlyjs
 
+from strop.core import page
 from strop.core.files import atomic
 from strop.tune.report_measures import (
     MEASURES,
@@ -140,7 +135,19 @@ def scope(study: Mapping[str, Any]) -> str:
     batch = shown(study, "settings.batch", str, "batch {}")
     context = shown(study, "settings.context", "{:,}".format, "context {} tokens")
     device = shown(study, "settings.device", str, "on {}")
-    return f"Measured on {join(texts, tokens)}{name}; {join(batch, context, device)}."
+    said = f"Measured on {join(texts, tokens)}{name}; {join(batch, context, device)}."
+    return " ".join([said, *elsewhere(study["rows"])])
+
+
+def elsewhere(rows: Iterable[Row]) -> Iterable[str]:
+    """What to know of times that were measured side by side."""
+    nodes = Counter(row["node"] for row in rows if row.get("node"))
+    if nodes:
+        where = join(*(f"{many} on {node}" for node, many in nodes.items()))
+        yield (
+            f"Recipes measured by Ray: {where}. Each was timed in turns with the model as it is, in one "
+            "process; times of different rows are not comparable."
+        )
 
 
 def figures(rows: list[Row], chosen: Row, max_drop: float | None) -> list[tuple[str, str, str]]:
@@ -155,15 +162,6 @@ def figures(rows: list[Row], chosen: Row, max_drop: float | None) -> list[tuple[
     tally = Counter(row["status"] for row in rows)
     states = [f"{tally[state]} {state}" for state in STATES if tally[state]]
     return [*found, ("Recipes tried", str(len(rows)), join(*states))]
-
-
-def fact(value: Any) -> str:
-    """A setting or a property of the machine in words."""
-    if isinstance(value, int) and value > 9999:
-        return f"{value:,}"
-    if isinstance(value, list):
-        return join(*map(str, value))
-    return MISSING if value is None else str(value)
 
 
 def line(row: Row, baseline: Row) -> dict[str, Any]:
@@ -213,26 +211,9 @@ def view(study: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def asset(name: str) -> str:
-    """A file of the page."""
-    return resources.files("strop.tune").joinpath(name).read_text(encoding="utf-8")
-
-
 def render(study: Mapping[str, Any]) -> str:
-    """The whole page.  The nonce, which only our own scripts carry, is a digest of the study."""
-    text = json.dumps(study)
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["fact"] = fact
-    return environment.from_string(asset("report.html.j2")).render(
-        view(json.loads(text, parse_constant=lambda name: None)),
-        nonce=hashlib.sha256(text.encode()).hexdigest(),
-        style=asset("report.css"),
-        charting=asset("report_charts.js"),
-        script=asset("report_page.js"),
-        plotly=get_plotlyjs(),
-    )
+    """The whole page."""
+    return page.render("strop.tune", "report", study, view)
 
 
 def write_report(study: Mapping[str, Any], path: Path) -> None:

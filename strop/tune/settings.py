@@ -4,6 +4,7 @@ from collections.abc import Container
 from dataclasses import asdict, dataclass
 
 from strop.core.errors import StropError
+from strop.core.executor import executor
 from strop.core.files import did_you_mean
 from strop.decode.base import Drafted
 from strop.recipe import METHODS
@@ -34,8 +35,15 @@ class Settings:
     device: str = "cpu"
     dtype: str = "auto"
     seed: int = 0
+    executor: str = "local"
+    """Where recipes are measured: "local", or "ray" for workers side by side."""
+    address: str | None = None
+    """A Ray cluster's; None: one on this machine, for the study alone."""
+    workers: int | None = None
+    """Recipes measured side by side; None: as many as there is room for."""
 
     def __post_init__(self) -> None:
+        executor(self.executor, self.address, self.workers)
         if self.objective not in OBJECTIVES:
             known = did_you_mean(self.objective, list(OBJECTIVES))
             raise StropError(f"unknown objective {self.objective!r}; {known}")

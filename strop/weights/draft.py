@@ -15,7 +15,7 @@ from torch import Tensor
 
 from strop.core.checkpoint import INDEX
 from strop.core.errors import StropError
-from strop.core.files import atomic
+from strop.core.files import atomic, is_part_of
 from strop.weights.plan import BitPlan
 
 NOTES, REST = "draft.json", "rest"
@@ -68,7 +68,7 @@ class Draft:
         try:
             self.folder.mkdir()
         except FileExistsError as error:
-            if self.folder.is_symlink() or not (self.folder / NOTES).is_file():
+            if self.folder.is_symlink() or not self._is_draft():
                 raise StropError(
                     f"{self.folder} is in the way and is no draft of a checkpoint: move it elsewhere"
                 ) from error
@@ -78,6 +78,14 @@ class Draft:
         except BaseException:
             shutil.rmtree(self.folder)
             raise
+
+    def _is_draft(self) -> bool:
+        """Whether the folder has notes, or what a run has just before and just after it has notes."""
+        notes = self.folder / NOTES
+        if not self.folder.is_dir():
+            return False
+        early = all(is_part_of(path, notes) for path in self.folder.iterdir())
+        return notes.is_file() or (self.folder / INDEX).is_file() or early
 
     @property
     def plan(self) -> BitPlan | None:
@@ -137,8 +145,12 @@ class Draft:
         weight_map = {name: shard["file"] for shard in shards for name in shard["names"]}
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (self.folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        os.replace(self.folder, self.out)  # which takes the place of an empty folder
-        (self.out / NOTES).unlink()
+        (self.folder / NOTES).unlink()
+        try:
+            os.replace(self.folder, self.out)  # which takes the place of an empty folder
+        except OSError:
+            self._write()
+            raise
         return size
 
     def _fresh(self) -> dict[str, Any]:

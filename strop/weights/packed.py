@@ -17,7 +17,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from strop.core.causal import FROM_FOLDER
+from strop.core.causal import FROM_FOLDER, not_loaded
 from strop.core.checkpoint import Checkpoint
 from strop.core.errors import StropError
 from strop.weights.experts import split_experts
@@ -170,6 +170,9 @@ def config_for(checkpoint: Checkpoint) -> PreTrainedConfig | None:
     told = checkpoint.config.get("quantization_config")
     if not isinstance(told, dict) or told.get("quant_method") != "compressed-tensors":
         return None
-    config = AutoConfig.from_pretrained(checkpoint.path, **FROM_FOLDER)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, **FROM_FOLDER)
+    except Exception as error:  # transformers raises many kinds for a broken file
+        raise not_loaded("config", checkpoint.path, error) from error
     config.quantization_config = describe({}) | {FOREIGN: told}
     return config

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -40,8 +40,11 @@ class Stored:
         self.model = model
         self.shards: dict[str, Path] = {}
         for shard in checkpoint.shards:
-            with safe_open(shard, "pt") as file:
-                self.shards |= dict.fromkeys(file.keys(), shard)
+            try:
+                with safe_open(shard, "pt") as file:
+                    self.shards |= dict.fromkeys(file.keys(), shard)
+            except SafetensorError as error:
+                raise StropError(f"cannot read {shard} ({error}): download it again") from error
         self.layers = next(n for n, m in model.named_modules() if m is decoder_layers(model))
         self.skeleton = model.state_dict()
         tied = getattr(model, "all_tied_weights_keys", None) or {}

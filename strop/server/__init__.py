@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over strop.Model, for one machine."""
