@@ -196,10 +196,13 @@ class Suite:
             with _silent():
                 lm = StropLM(model, batch_size=batch)
                 told = evaluate(lm=lm, task_dict=self.tasks[name], log_samples=False)
-        except (AssertionError, ValueError) as error:
-            if not _by_harness(error):
+        except (StropError, MemoryError):
+            raise
+        except Exception as error:  # a task's YAML has many ways to be wrong, and its own code may run
+            if _raised_in(error).startswith("strop."):
                 raise
-            raise StropError(f"the harness cannot run the task {name}: {_said(error)}") from error
+            said = f"{type(error).__name__}: {_said(error)}"
+            raise StropError(f"the harness cannot run the task {name} ({said}): mend its YAML") from error
         found = {}
         for task, scores in told["results"].items():
             samples = told["n-samples"].get(task, {}).get("effective")
@@ -247,10 +250,10 @@ def _unread(name: str, error: Exception) -> str:
     )
 
 
-def _by_harness(error: Exception) -> bool:
-    """Whether the harness itself raised it: that is how it says what is wrong with a task or a line."""
+def _raised_in(error: Exception) -> str:
+    """The module that raised it."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals["__name__"].startswith("lm_eval")
+    return str(frame.f_globals["__name__"])
 
 
 def _said(error: Exception) -> str:
@@ -283,7 +286,8 @@ def main() -> None:
     try:
         cli_evaluate()
     except (StropError, AssertionError, ValueError, OSError) as error:
-        if isinstance(error, (AssertionError, ValueError)) and not _by_harness(error):
+        by_harness = _raised_in(error).startswith("lm_eval")
+        if isinstance(error, (AssertionError, ValueError)) and not by_harness:
             raise
         print(f"strop: {_said(error)}", file=sys.stderr)
         sys.exit(2)

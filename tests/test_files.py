@@ -1,7 +1,10 @@
 """Files that are whole or absent: what a killed writer left is swept away, a living one's is not."""
 
+import errno
+import fcntl
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,18 @@ from strop.core.errors import StropError
 from strop.core.files import atomic, require_folder, scratch
 
 
+def write(temporary: Path, text: str) -> None:
+    """Write a file, or one in a folder."""
+    (temporary / "x" if temporary.is_dir() else temporary).write_text(text)
+
+
 def abandoned(path: Path, way) -> Path:
-    """What `way` has begun of `path` when its process is killed."""
+    """What `way` has begun of `path` when its process is killed, with what a library put beside it."""
     child = os.fork()
     if child == 0:
         with way(path) as temporary:
-            (temporary / "x" if temporary.is_dir() else temporary).write_text("half")
+            write(temporary, "half")
+            (temporary.parent if way is atomic else temporary).joinpath(".tmpQ8x").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     (left,) = path.parent.glob(f".{path.name}.*")
@@ -29,15 +38,19 @@ def test_what_a_killed_run_left_is_swept(way, tmp_path):
     left = abandoned(path, way)
     assert left.exists() and not path.exists()
     with way(path) as temporary:
-        assert not left.exists() and temporary.exists()
+        assert not left.exists()
+        write(temporary, "whole")
     assert {found.name for found in tmp_path.iterdir()} <= {"name.json"}
 
 
 @pytest.mark.parametrize("way", [atomic, scratch])
 def test_what_a_living_run_has_is_left_alone(way, tmp_path):
     path = tmp_path / "name.json"
-    with way(path) as first, way(path) as second:
-        assert first != second and first.exists() and second.exists()
+    with way(path) as first:
+        write(first, "one")
+        with way(path) as second:
+            write(second, "two")
+            assert first != second and first.exists()
 
 
 def test_other_files_of_like_names_stay(tmp_path):
@@ -46,6 +59,8 @@ def test_other_files_of_like_names_stay(tmp_path):
         ".name.json.part",
         "name.json.x.part",
         ".name.jsonx.y.part",
+        ".name.json.mine.part",
+        ".name.json.0123abcd.abcdefgh.part",
         ".other.x.part",
     ]
     for name in names:
@@ -77,3 +92,33 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
 def test_asking_for_a_folder_leaves_nothing(tmp_path):
     require_folder(tmp_path / "a" / "b")
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_system_without_locks_is_written_to_and_not_swept(tmp_path, monkeypatch):
+    path = tmp_path / "name.json"
+    left = abandoned(path, atomic)
+
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with atomic(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert {found.name for found in tmp_path.iterdir()} == {"name.json", left.name}
+
+
+def test_a_rival_that_sweeps_too_early_is_outlived(tmp_path, monkeypatch):
+    made = []
+
+    def drawn(*told) -> str:
+        made.append(real(*told))
+        if len(made) == 1:
+            os.rmdir(made[0])
+        return made[-1]
+
+    real = tempfile.mkdtemp
+    monkeypatch.setattr(tempfile, "mkdtemp", drawn)
+    with atomic(tmp_path / "name") as temporary:
+        temporary.write_text("whole")
+    assert len(made) == 2 and [*tmp_path.iterdir()] == [tmp_path / "name"]

@@ -149,11 +149,20 @@ def test_tasks_that_run_code_are_left_to_the_harness(folder, tmp_path):
         Suite([str(write_task(tmp_path, "coding", settings, folder / "documents.jsonl"))])
 
 
-def test_a_task_that_does_not_fit_the_model_is_told(folder, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong", "sentence"),
+    [
+        ("writing", "max_gen_toks: 24", "max_gen_toks: 256", "256"),
+        ("writing", "max_gen_toks: 24", "max_gen_toks: 24, warmth: 1", "warmth"),
+        ("writing", "doc_to_text: '{{page}}'", "doc_to_text: ''", "IndexError|RuntimeError|Assertion"),
+        ("choosing", "doc_to_choice: choices, ", "", "TypeError"),
+    ],
+)
+def test_a_task_that_cannot_run_is_told(kind, right, wrong, sentence, folder, tmp_path):
     lm = strop.load(save_tiny(tmp_path / "model"))
-    settings = TASKS["writing"].replace("max_gen_toks: 24", "max_gen_toks: 256")
-    suite = Suite([str(write_task(tmp_path, "long", settings, folder / "documents.jsonl"))])
-    with pytest.raises(StropError, match=r"cannot run the task long: .*256"):
+    settings = TASKS[kind].replace(right, wrong)
+    suite = Suite([str(write_task(tmp_path, "bad", settings, folder / "documents.jsonl"))])
+    with pytest.raises(StropError, match=f"cannot run the task bad .*({sentence})"):
         suite.compare(lm, copy.copy(lm), 1)
 
 

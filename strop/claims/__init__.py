@@ -126,6 +126,8 @@ def run_claims(
     shares: dict[Task, float] = {}
     for timed, place in ((False, where), (True, LOCAL)):
         tasks = [task for task, part in parts.items() if part.timed is timed]
+        if not tasks:
+            continue
 
         def hear(number: int, what: str, share: float, tasks: Sequence[Task] = tasks) -> None:
             shares[tasks[number]] = share

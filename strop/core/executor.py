@@ -239,6 +239,8 @@ def _result(ray: Any, done: Any) -> Any:
         return Lost(
             f"its worker died {ATTEMPTS} times, as one does that runs out of memory: use fewer --workers"
         )
+    except ray.exceptions.RayError as error:
+        return Lost(f"the cluster lost it ({type(error).__name__}): look at its nodes, then use --resume")
 
 
 def executor(name: str, address: str | None = None, workers: int | None = None) -> Executor:

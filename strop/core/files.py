@@ -3,9 +3,11 @@
 import fcntl
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from hashlib import blake2b
@@ -18,78 +20,77 @@ from strop.core.errors import StropError
 
 PART = ".part"
 """How the names of what is not yet whole end."""
+DRAWN = rf"[0-9a-f]{{8}}\.[a-z0-9_]{{8}}{re.escape(PART)}"
+"""What follows the name of the whole: the machine, and what tempfile draws."""
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of `path` that replaces it on success and vanishes on failure.
+    """Yield a path in a scratch folder, whose file replaces `path` on success and vanishes on failure.
 
-    What a killed process left is swept away. Raises StropError when the place cannot be written or the disk
-    is full.
+    Raises StropError when the place cannot be written or the disk is full.
     """
-    handle = None
+    if path.exists() and not path.is_file():
+        raise StropError(f"cannot write {path}: it is a folder or a device; name a file")
     try:
-        if path.exists() and not path.is_file():
-            raise StropError(f"cannot write {path}: it is a folder or a device; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = _claimed(path, _new_file)
-        yield temporary
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        with scratch(path) as folder:
+            temporary = folder / path.name
+            yield temporary
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         raise StropError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
-    finally:
-        if handle is not None:
-            temporary.unlink(missing_ok=True)
-            os.close(handle)
 
 
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that vanishes in the end; what a killed run left goes too."""
-    handle, temporary = _claimed(path, _new_folder)
+    """Yield a temporary folder beside `path` that vanishes in the end.
+
+    It is locked for as long as its owner lives, where the file system has locks; what killed processes of
+    this machine left of the same path goes first.
+    """
+    for other in path.parent.iterdir():
+        if other.name.startswith(_prefix(path)) and is_part_of(other, path):
+            _sweep(other)
+    handle, folder = _claimed(path)
     try:
-        yield temporary
+        yield folder
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
 
 
 def is_part_of(temporary: Path, path: Path) -> bool:
     """Whether that is what a run left, or has, of `path` while it is not yet whole."""
-    name, prefix = temporary.name, f".{path.name}."
-    return name.startswith(prefix) and name.endswith(PART) and len(name) > len(prefix + PART)
+    return re.fullmatch(re.escape(f".{path.name}.") + DRAWN, temporary.name) is not None
 
 
-def _new_file(place: Path, prefix: str) -> tuple[int, str]:
-    return tempfile.mkstemp(PART, prefix, place)
+def _prefix(path: Path) -> str:
+    """How the names of scratch folders of this machine begin: locks may not be seen from another."""
+    return f".{path.name}.{digest(socket.gethostname())[:8]}."
 
 
-def _new_folder(place: Path, prefix: str) -> tuple[int, str]:
-    name = tempfile.mkdtemp(PART, prefix, place)
-    return os.open(name, os.O_RDONLY), name
-
-
-def _claimed(path: Path, new: Callable[[Path, str], tuple[int, str]]) -> tuple[int, Path]:
-    """A new temporary sibling of `path`, locked for as long as its owner lives; those of the dead go."""
-    for other in path.parent.iterdir():
-        if is_part_of(other, path):
-            _sweep(other)
+def _claimed(path: Path) -> tuple[int, Path]:
+    """A new scratch folder, and a handle that holds its lock."""
     while True:
-        handle, name = new(path.parent, f".{path.name}.")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if os.path.exists(name):
-            return handle, Path(name)
-        os.close(handle)  # swept by somebody else before it was locked
+        folder = Path(tempfile.mkdtemp(PART, _prefix(path), path.parent))
+        with suppress(FileNotFoundError):  # swept by somebody else before it was locked
+            handle = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():
+                return handle, folder
+            os.close(handle)
 
 
-def _sweep(other: Path) -> None:
-    """Remove a temporary file or folder, unless its owner lives."""
+def _sweep(folder: Path) -> None:
+    """Remove a scratch folder, unless its owner lives or nobody can tell."""
     with suppress(OSError):
-        handle = os.open(other, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(other) if other.is_dir() else other.unlink()
+            shutil.rmtree(folder)
         finally:
             os.close(handle)
 
