@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from report_audit import TABLES as AUDIT
 from report_speed import (
     decode,
     drafts,
@@ -164,7 +165,9 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "treeflash": ("claims.json", partial(verdicts, paper="treeflash")),
     "caddtree": ("claims.json", partial(verdicts, paper="caddtree")),
     "alphaq": ("claims.json", partial(verdicts, paper="alphaq")),
+    "sae-survival": ("claims.json", partial(verdicts, paper="sae-survival")),
     **WEIGHTS,
+    **AUDIT,
 }
 
 

@@ -26,6 +26,7 @@ from strop.core.errors import StropError
 from strop.core.files import require_folder
 from strop.options import (
     Address,
+    Audited,
     Batch,
     Context,
     DataFile,
@@ -83,6 +84,7 @@ def tune(
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Only these, as in kvarn,rtn. Default: all.")] = None,
     draft: Drafter = None,
+    audit_features: Audited = False,
     device: OnDevice = Device.cpu,
     dtype: InDtype = Dtype.auto,
     seed: Seed = 0,
@@ -109,6 +111,7 @@ def tune(
         budget_minutes=budget_minutes,
         methods=None if methods is None else tuple(name.strip() for name in methods.split(",")),
         draft=draft,
+        audit=audit_features,
         device=device.value,
         dtype=dtype.value,
         seed=seed,

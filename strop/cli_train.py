@@ -1,5 +1,6 @@
 """`strop train`: what is trained for a model and serves beside it."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,8 @@ import typer
 from strop import console, tables
 from strop.core.files import require_folder
 from strop.options import DataFile, Device, Json, OnDevice, Seed
+
+Form = StrEnum("Form", ["topk", "l1"])
 
 train = typer.Typer(help="Train what serves beside a model.")
 
@@ -68,3 +71,45 @@ def drafter(
         console.print_json(record | {"mask_token": what, "out": str(out)})
     else:
         tables.show_drafter(record, what, target, out)
+
+
+@train.command(epilog="Example: strop train sae --target zoo:coder --data code.txt --out runs/sae")
+def sae(
+    target: Annotated[str, typer.Option(metavar="MODEL", help="Whose stream: zoo:NAME or a folder.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The autoencoder's folder.")],
+    data: DataFile = None,
+    layer: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Behind which layer. Default: the middle.")
+    ] = None,
+    form: Annotated[
+        Form, typer.Option(help="Which features fire: the k largest, or few by a penalty.")
+    ] = Form.topk,
+    features: Annotated[
+        int | None, typer.Option(min=1, metavar="M", help="Default: 16 a width, 4096 at most.")
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, metavar="K", help="Features that fire at a token, of topk.")] = 32,
+    l1: Annotated[
+        float, typer.Option(parser=console.positive, metavar="X", help="Weight of the penalty, of l1.")
+    ] = 1.0,
+    tokens: Annotated[int, typer.Option(min=2048, metavar="N", help="Tokens to learn from.")] = 2_000_000,
+    device: OnDevice = Device.cpu,
+    seed: Seed = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Replace a run with other settings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a sparse autoencoder of a model's stream, for `strop audit`, and say how well it stands for it.
+
+    The same command goes on where it was interrupted. The folder has SAELens's form.
+    """
+    require_folder(out)
+    console.quiet()
+    from strop.auditing import training
+
+    settings = training.Settings(layer=layer, device=device.value, dtype="fp32", seed=seed)
+    given = {"form": form.value, "m": features, "k": k, "l1": l1, "tokens": tokens}
+    with console.progress() as report:
+        record = training.train(target, data, out, settings, given, resume, report, console.aside)
+    if as_json:
+        console.print_json(record | {"out": str(out)})
+    else:
+        tables.show_sae(record, target, out)

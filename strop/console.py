@@ -56,6 +56,11 @@ class Strop(TyperGroup):
             fail("out of memory: use a smaller model, --batch or --context")
 
 
+def aside(sentence: str) -> None:
+    """Say something on stderr that is worth knowing and no error."""
+    typer.echo(sentence, err=True)
+
+
 def fail(sentence: str, code: int = 2) -> NoReturn:
     """Say on one line why nothing came of it, and exit."""
     typer.echo(f"strop: {' '.join(sentence.split())}", err=True)

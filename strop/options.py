@@ -45,5 +45,8 @@ Address = Annotated[
 Workers = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Most at once on a cluster. Default: what has room.")
 ]
+Audited = Annotated[
+    bool, typer.Option("--audit", help="Also say which share of the model's features each recipe keeps.")
+]
 ZooName = Annotated[str, typer.Argument(metavar="NAME", help="As `strop zoo list` has it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]

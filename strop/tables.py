@@ -42,7 +42,9 @@ def show_frontier(study: Mapping[str, Any], out: Path) -> None:
 
     told = view(console.plain(study))
     lines = [line for line in told["lines"] if line["kind"] in ("chosen", "baseline", "frontier")]
-    names = ("Memory", "Time per token", "Drop, upper limit")
+    names = ["Memory", "Time per token", "Drop, upper limit"]
+    if any(row.get("audit") for row in study["rows"]):
+        names.append("Features kept")
     columns = [
         Column("Recipe", ratio=3),
         *(Column(name, justify="right") for name in names),
@@ -53,6 +55,8 @@ def show_frontier(study: Mapping[str, Any], out: Path) -> None:
         [[line["label"], *(line["cells"][name].text for name in names), line["verdict"]] for line in lines],
     )
     say(f"{told['outcome']} {told['scope']}\n")
+    for warning in told["warnings"]:
+        say(f"{warning}\n")
     rest = len(told["lines"]) - len(lines)
     typer.echo(f"Recipe: {out / 'recipe.yaml'}")
     typer.echo(f"Report: {out / 'report.html'}" + (f" (with {rest} more recipes)" if rest else ""))

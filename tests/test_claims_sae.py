@@ -14,7 +14,7 @@ from strop.audit.sae import SAE
 from strop.claims import PAPERS, sae_survival_study
 from strop.claims.base import VERDICTS, Progress, Table, joined
 from strop.claims.sae_survival import NARROWEST, missed, verdicts
-from strop.claims.sae_survival_bed import SCALES, Bed, Scale, Subject, drawn
+from strop.claims.sae_survival_bed import SCALES, Bed, Scale, Subject, drawn, lay
 from strop.claims.sae_survival_study import (
     Found,
     alike,
@@ -39,8 +39,8 @@ TINY = Scale(
     models=tuple(MODELS),
     seeds=3,
     each=2,
-    length=128,
-    widths=(8, 4, 3, 2),
+    length=192,
+    widths=(8, 5, 4, 2),
     weights=(RTN(bits=4, group=32),),
     experts=(AlphaQ(bits=3, quantizer=RTN(bits=4, group=32, symmetric=False)),),
     caches=(KVarN(bits=2, group=32, sinks=4, tail=32), VaSE(budget=64, buffer=32)),
@@ -56,7 +56,7 @@ def quiet(*said):
 
 def subject(name: str, folder, seed: int) -> Subject:
     """An untrained model with a dictionary of random directions."""
-    lm = strop.load(save(build(MODELS[name], initializer_range=0.3), folder), dtype="fp32")
+    lm = strop.load(save(build(MODELS[name]), folder), dtype="fp32")
     directions = keyed_normal((96, 64), seed, "test") / 8
     sae = SAE(directions.T.contiguous(), torch.zeros(96), directions, torch.zeros(64), 0, form="topk", k=8)
     draw = torch.Generator().manual_seed(seed)
@@ -85,6 +85,7 @@ def test_every_claim_says_everything(tables):
         assert claim.verdict in VERDICTS and claim.details
         assert all((claim.claim, claim.paper_value, claim.measured, claim.varied, claim.reason))
         assert claim.interval is None or claim.interval[0] <= claim.interval[1]
+    assert sum(claim.interval is None for claim in found) <= 2  # no damaged feature, no pair of equal loss
     json.dumps([claim.to_dict() for claim in found], allow_nan=False)
 
 
@@ -95,6 +96,7 @@ def test_every_change_of_every_slot_was_read(tables):
         assert len(rows) == len(TINY.widths) + 1 + extra + 2
         assert [row["slot"] for row in rows].count("kv") == 2
         assert all(len(row["survived"]) == len(row["loss_rise"]) == TINY.seeds for row in rows)
+        assert all(max(row["mean"]) < 1 - 1e-6 for row in rows)
         worst, best = (changes.pick("mean", model=model, change=rounded(bits)) for bits in (2, 8))
         assert np.all(np.array(worst) < best)  # random weights, but rounding is rounding
 
@@ -123,7 +125,7 @@ def test_experiments_repeat(bed, tables):
 @pytest.fixture(scope="module")
 def known(bed) -> tuple[Subject, Scale, Found]:
     """A model read at two widths, for controls to be spoilt."""
-    scale = dataclasses.replace(TINY, widths=(8, 2), weights=(), caches=())
+    scale = dataclasses.replace(TINY, widths=(8, 5), weights=(), caches=())
     one, found = dataclasses.replace(bed.subjects[0]), Found()
     changes_study(one, scale, found, quiet)
     return one, scale, found
@@ -201,6 +203,17 @@ def test_sequences_are_drawn_once_each():
     assert torch.equal(found, drawn(rows, TINY))
     with pytest.raises(StropError, match="5 sequences to read, and 6 are needed"):
         drawn(rows[:5], TINY)
+
+
+def test_a_bundled_model_is_laid_with_its_autoencoder():
+    scale = dataclasses.replace(TINY, models=("zoo:moe-1",), seeds=1, each=1, length=256)
+    (one,) = lay(scale, quiet).subjects
+    one.read()
+    (kept,) = one.kept
+    assert one.sae.d == one.lm.model.config.hidden_size and one.lm.dtype == torch.float32
+    assert kept.rows.shape == (1, 256) and 1 < kept.loss / kept.tokens < 4
+    fires = [float((part.to_dense() > 0).sum(1).float().mean()) for part in kept.features]
+    assert fires == pytest.approx([one.sae.k] * len(fires), abs=1)
 
 
 def test_scales_cover_the_paper_and_repeat_enough():

@@ -13,7 +13,7 @@ from torch import Tensor
 from strop.kernels.moments import SUMS, kernels
 
 FLOOR = 1e-12
-"""Least denominator of a correlation."""
+"""Least variance, relative to the mean square: less is rounding."""
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,27 @@ class Sums:
     both: np.ndarray
 
     def correlation(self) -> np.ndarray:
-        """Pearson correlation over all tokens."""
-        return self._pearson(self.tokens[..., None])
+        """Pearson correlation over all tokens; 0 where either is the same at all of them."""
+        return np.nan_to_num(self._pearson(self.tokens[..., None]))
 
     def correlation_where_firing(self) -> np.ndarray:
-        """Pearson correlation over tokens where either fires; tokens where both are 0 do not inflate it."""
+        """Pearson correlation over tokens where either fires; tokens where both are 0 do not inflate it.
+
+        Not a number where one of them is the same at all of these tokens.
+        """
         return self._pearson(self.fires_x + self.fires_y - self.both)
 
     def f1(self) -> np.ndarray:
         """Agreement of the sets of tokens where each fires; 1 where neither ever does."""
         fired = self.fires_x + self.fires_y
         return np.where(fired > 0, 2 * self.both / np.maximum(fired, 1), 1.0)
+
+    def varies(self) -> np.ndarray:
+        """Where x or y is not the same at all tokens."""
+        n = self.tokens[..., None]
+        spreads = ((n * self.xx - self.x**2, self.xx), (n * self.yy - self.y**2, self.yy))
+        one, other = (spread > FLOOR * n * squares for spread, squares in spreads)
+        return one | other
 
     def rate(self) -> np.ndarray:
         """Share of tokens where x fires."""
@@ -52,9 +62,10 @@ class Sums:
         return self.x / np.maximum(self.fires_x, 1)
 
     def _pearson(self, n: np.ndarray) -> np.ndarray:
-        spread_x = np.maximum(n * self.xx - self.x**2, 0)
-        spread_y = np.maximum(n * self.yy - self.y**2, 0)
-        return (n * self.xy - self.x * self.y) / np.maximum(np.sqrt(spread_x * spread_y), FLOOR)
+        spread_x, spread_y = n * self.xx - self.x**2, n * self.yy - self.y**2
+        varies = (spread_x > FLOOR * n * self.xx) & (spread_y > FLOOR * n * self.yy)
+        below = np.sqrt(np.where(varies, spread_x * spread_y, 1))
+        return np.where(varies, (n * self.xy - self.x * self.y) / below, np.nan)
 
 
 class StreamingPearson:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from strop.core.errors import StropError
 from strop.core.files import atomic, did_you_mean
+from strop.kernels.topk import kernels
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMS = {"standard": "relu", "relu": "relu", "jumprelu": "jumprelu", "topk": "topk"}
@@ -87,8 +88,8 @@ class SAE:
     def fire(self, pre: Tensor) -> Tensor:
         """The features that fire, at their strength; `pre` is overwritten."""
         if self.form == "topk":
-            values, index = pre.topk(self.k, dim=-1, sorted=False)
-            return pre.zero_().scatter_(-1, index, values.relu_())
+            kernels(pre.device.type).keep_largest(pre.view(-1, self.m), self.k)
+            return pre
         features = pre.relu_()
         return features if self.threshold is None else features.mul_(features > self.threshold)
 
@@ -127,7 +128,7 @@ class SAE:
             "apply_b_dec_to_input": self.centred,
             "normalize_activations": self.norm,
             "reshape_activations": "none",
-            "metadata": {"hook_name": f"blocks.{self.layer}.hook_resid_post"} | self.about,
+            "metadata": self.about | {"hook_name": _hook(self.layer)},
         }
         if self.form == "topk":
             config |= {"k": self.k, "rescale_acts_by_decoder_norm": self.by_norm}
@@ -215,6 +216,11 @@ def _layer(folder: Path, hook: Any) -> int:
     raise StropError(
         f"{folder}: hook_name {hook!r} is no residual stream: give an autoencoder of blocks.N.hook_resid_post"
     )
+
+
+def _hook(layer: int) -> str:
+    """The stream behind a layer in SAELens's words; the embeddings for -1."""
+    return "blocks.0.hook_resid_pre" if layer < 0 else f"blocks.{layer}.hook_resid_post"
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

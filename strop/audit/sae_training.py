@@ -71,12 +71,18 @@ class Settings:
 class Trainer:
     """One training run, whose steps follow from their number alone."""
 
-    def __init__(self, lm: LanguageModel, rows: Tensor, settings: Settings, checkpoint: Path) -> None:
-        """`rows` `[S, T]` are token ids of the text."""
+    def __init__(
+        self, lm: LanguageModel, rows: Tensor, settings: Settings, checkpoint: Path, skip: int = 0
+    ) -> None:
+        """`rows` `[S, T]` are token ids of the text; nothing is learnt at the first `skip` of a sequence."""
         self.lm, self.rows, self.settings, self.checkpoint = lm, rows, settings, checkpoint
-        self.per_chunk = min(CHUNK, len(rows)) * rows.shape[1] // settings.batch
+        self.skip = skip
+        self.per_chunk = min(CHUNK, len(rows)) * (rows.shape[1] - skip) // settings.batch
         if not self.per_chunk:
-            raise StropError(f"the text has {rows.numel()} tokens, less than one step of {settings.batch}")
+            raise StropError(
+                f"the text to learn from has {rows.numel()} tokens, less than one step of {settings.batch}: "
+                "give more text, or an autoencoder"
+            )
         self.chunks = math.ceil(settings.tokens / (self.per_chunk * settings.batch))
         self.chunk, self.seconds, self.log = 0, 0.0, list[dict[str, float]]()
         first = self._states(0)
@@ -133,7 +139,7 @@ class Trainer:
         order = torch.randperm(len(self.rows), generator=self._draw("rows", turn))
         picked = self.rows[order[place * size : (place + 1) * size]]
         parts = [read(self.lm, part, self.settings.layer)[0] for part in picked.split(AT_ONCE)]
-        return torch.cat(parts).flatten(0, 1)
+        return torch.cat(parts)[:, self.skip :].flatten(0, 1)
 
     def _step(self, x: Tensor, step: int) -> dict[str, float]:
         """One update on scaled states `[batch, d]`."""
@@ -202,9 +208,10 @@ class Trainer:
 
 
 @torch.no_grad()
-def judged(lm: LanguageModel, sae: SAE, rows: Tensor) -> dict[str, Any]:
+def judged(lm: LanguageModel, sae: SAE, rows: Tensor, skip: int = 0) -> dict[str, Any]:
     """How well an autoencoder stands for the stream, on token ids `[S, T]` that it has not seen.
 
+    The first `skip` tokens of a sequence stay as they are and count nowhere.
     `loss_recovered` is 1 where the model reads on as well from what it writes, and 0 where as badly as from
     zeros.
     """
@@ -212,7 +219,8 @@ def judged(lm: LanguageModel, sae: SAE, rows: Tensor) -> dict[str, Any]:
     losses = {"as is": 0.0, "written": 0.0, "zeros": 0.0}
     ever = torch.zeros(sae.m, dtype=torch.bool, device=lm.device)
     for part in rows.split(AT_ONCE):
-        states, loss = read(lm, part, sae.layer)
+        whole, loss = read(lm, part, sae.layer)
+        states = whole[:, skip:]
         features = sae.encode(states)
         written = sae.decode(features, states)
         square += float((states - written).pow(2).sum())
@@ -222,7 +230,7 @@ def judged(lm: LanguageModel, sae: SAE, rows: Tensor) -> dict[str, Any]:
         tokens += states.shape[0] * states.shape[1]
         losses["as is"] += float(loss.sum())
         for name, instead in (("written", written), ("zeros", torch.zeros_like(states))):
-            with replaced(lm.model, sae.layer, [instead]):
+            with replaced(lm.model, sae.layer, [torch.cat([whole[:, :skip], instead], 1)]):
                 losses[name] += float(read(lm, part, sae.layer)[1].sum())
     recovered = (losses["zeros"] - losses["written"]) / (losses["zeros"] - losses["as is"])
     predicted = len(rows) * (rows.shape[1] - 1)

@@ -52,8 +52,9 @@ def _logits(lm: LanguageModel, rows: Tensor, lossy: bool) -> Iterator[Tensor]:
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    flat = cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-    return flat.view(targets.shape)
+    """One sequence after another: in float32 the logits of all would be larger than all else."""
+    pairs = zip(logits, targets, strict=True)
+    return torch.stack([cross_entropy(ours.float(), wanted, reduction="none") for ours, wanted in pairs])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ of tokens where each does.
 Differs from the paper: intervals over sequences, a token-weighted loss, a gate on the first token.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,11 +30,24 @@ FOLDS = 32
 RESAMPLES = 400
 GATE = 0.5
 """Nats a token that the other way to begin a sequence may be better before nothing is reported."""
-AT_ONCE = 8
-"""Sequences read together."""
+AT_ONCE = 2048
+"""Tokens read together, in whole sequences."""
+ENCODED = 256
+"""Tokens whose features are held at once: few enough to stay in a processor's cache."""
+
+BOUNDS = {
+    "survived": (0.0, 1.0),
+    "degraded": (0.0, 1.0),
+    "damaged": (0.0, 1.0),
+    "mean": (-1.0, 1.0),
+    "median": (-1.0, 1.0),
+}
+"""What each share can be at all."""
 
 Reader = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Token ids `[B, T]` to states `[B, T, d]` and losses `[B, T - 1]`."""
+Encode = Callable[[Tensor], Tensor]
+"""States `[n, d]` to features `[n, m]`."""
 Report = Callable[[str, float], None]
 
 
@@ -61,18 +75,23 @@ class Survival:
         return self.sums.correlation()
 
     def shares(self) -> dict[str, tuple[float, float, float]]:
-        """Shares survived, degraded and damaged, mean and median of rho: each with its 95 % interval."""
+        """Shares survived, degraded and damaged, mean and median of rho: each with its 95 % interval.
+
+        A single sequence bounds nothing.
+        """
         active = self.active
         if not len(active):
             raise StropError(
                 f"no feature fires at more than {ACTIVE:.1%} of the tokens: is the autoencoder of this "
                 "model, layer and kind of text?"
             )
-        estimate = _shares(self.rho[active])
+        estimate = _shares(self.sums, active)
         folds = len(self.stream.tokens)
+        if folds == 1:
+            return {name: (value, *BOUNDS[name]) for name, value in estimate.items()}
         picks = np.random.default_rng(0).multinomial(folds, np.full(folds, 1 / folds), RESAMPLES)
-        drawn = [_shares(self.stream.of(weights.astype(float)).correlation()[active]) for weights in picks]
-        ends = np.percentile(np.array([list(shares.values()) for shares in drawn]), [2.5, 97.5], axis=0).T
+        drawn = [_shares(self.stream.of(weights.astype(float)), active) for weights in picks]
+        ends = np.nanpercentile(np.array([list(shares.values()) for shares in drawn]), [2.5, 97.5], axis=0).T
         return {
             name: (value, float(low), float(high))
             for (name, value), (low, high) in zip(estimate.items(), ends, strict=True)
@@ -81,16 +100,15 @@ class Survival:
     def loss(self) -> dict[str, Any]:
         """Loss before and after, nats a token, and the rise with its 95 % interval over folds."""
         before, after, tokens = self.losses
+        n = tokens.sum()
+        rise = float((after - before).sum() / n)
+        told = {"before": float(before.sum() / n), "after": float(after.sum() / n)}
+        if len(tokens) == 1:
+            return told | {"rise": (rise, -math.inf, math.inf)}
         picks = np.random.default_rng(0).integers(0, len(tokens), (RESAMPLES, len(tokens)))
         rises = (after - before)[picks].sum(1) / tokens[picks].sum(1)
         low, high = np.percentile(rises, [2.5, 97.5])
-        n = tokens.sum()
-        rise = float((after - before).sum() / n)
-        return {
-            "before": float(before.sum() / n),
-            "after": float(after.sum() / n),
-            "rise": (rise, float(low), float(high)),
-        }
+        return told | {"rise": (rise, float(low), float(high))}
 
     def table(self) -> dict[str, np.ndarray]:
         """A column a measure, a row an active feature."""
@@ -111,7 +129,11 @@ class Survival:
         return {name: values[active] for name, values in columns.items()}
 
 
-def _shares(rho: np.ndarray) -> dict[str, float]:
+def _shares(sums: Sums, active: np.ndarray) -> dict[str, float]:
+    """Of the active features that change from token to token here; not numbers where there are none."""
+    rho = sums.correlation()[active][sums.varies()[active]]
+    if not len(rho):
+        return dict.fromkeys(BOUNDS, math.nan)
     survived, damaged = float((rho > SURVIVED).mean()), float((rho < DAMAGED).mean())
     return {
         "survived": survived,
@@ -130,27 +152,32 @@ def reader(lm: LanguageModel, layer: int, lossy: bool = False) -> Reader:
 def survival(
     before: Reader,
     after: Reader,
-    encode: Callable[[Tensor], Tensor],
+    encode: Encode,
     m: int,
     rows: Tensor,
     skip: int = 0,
     device: torch.device | str = "cpu",
     report: Report = lambda what, share: None,
+    at_once: int = AT_ONCE,
+    encode_after: Encode | None = None,
 ) -> Survival:
     """Read token ids `[S, T]` with both models and follow the m features that `encode` finds.
 
-    The first `skip` tokens of a sequence, such as one that begins every sequence, count nowhere. One pass;
-    memory does not grow with S.
+    `encode` is asked for some tokens `[n, d]` at a time; `at_once` tokens are read together. The first `skip`
+    tokens of a sequence, such as one that begins every sequence, count nowhere. One pass; memory does not
+    grow with S. `encode_after` finds the features after, where another way is asked for.
     """
     folds = min(FOLDS, len(rows))
     stream = StreamingPearson(m, folds, device)
     losses = np.zeros((3, folds))
     done = 0
-    for part in rows.split(AT_ONCE):
+    for part in rows.split(max(at_once // rows.shape[1], 1)):
         fold = torch.arange(done, done + len(part)) % folds
         (states, loss), (other, other_loss) = before(part), after(part)
-        x, y = (encode(found[:, skip:].flatten(0, 1)) for found in (states, other))
-        stream.update(x, y, fold.repeat_interleave(rows.shape[1] - skip))
+        counted = fold.repeat_interleave(rows.shape[1] - skip).split(ENCODED)
+        pairs = (found[:, skip:].flatten(0, 1).split(ENCODED) for found in (states, other))
+        for x, y, where in zip(*pairs, counted, strict=True):
+            stream.update(encode(x), (encode_after or encode)(y), where)
         for line, found in zip(losses, (loss, other_loss, torch.ones_like(loss)), strict=True):
             np.add.at(line, fold.numpy(), found.double().sum(1).cpu().numpy())
         done += len(part)
@@ -158,7 +185,7 @@ def survival(
     return Survival(stream, losses)
 
 
-def dictionary(sae: SAE) -> Callable[[Tensor], Tensor]:
+def dictionary(sae: SAE) -> Encode:
     """The features of an autoencoder, checked against the width of what it reads."""
 
     def encode(states: Tensor) -> Tensor:

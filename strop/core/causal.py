@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from strop.core.checkpoint import Checkpoint
-from strop.core.errors import StropError
+from strop.core.errors import StropError, quoted, reason
 
 FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """No network, and no code that a checkpoint brings along."""
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def load_causal(
@@ -42,14 +43,15 @@ def load_causal(
         raise not_loaded("model", checkpoint.path, error) from error
     model, loaded = found
     _require_whole(model, loaded, checkpoint.path)
+    _require_tokens(model, checkpoint.path)
     _require_finite(model, checkpoint.path)
     return model.eval().to(device)
 
 
 def not_loaded(part: str, path: Path, error: Exception) -> StropError:
     """What to raise where transformers cannot load a part of a folder."""
-    reason = " ".join(str(error).split())[:300] or type(error).__name__
-    return StropError(f"transformers cannot load the {part} in {path} ({reason}): restore the original files")
+    said = reason(error)
+    return StropError(f"transformers cannot load the {part} in {path} ({said}): restore the original files")
 
 
 def require_causal(checkpoint: Checkpoint) -> None:
@@ -78,6 +80,15 @@ def _require_whole(model: PreTrainedModel, loaded: dict[str, Any], path: Path) -
             f"{path} lacks {len(missing)} of the weights of a {type(model).__name__}, first {missing[0]}: "
             "is it whole, and a causal language model?"
         )
+
+
+def _require_tokens(model: PreTrainedModel, path: Path) -> None:
+    """transformers takes anything for the ids that begin, end and fill texts, until it writes one."""
+    for name in SPECIAL:
+        told = getattr(model.generation_config, name, None)
+        for token in told if isinstance(told, list) else [told]:
+            if token is not None and not (type(token) is int and abs(token) < 1 << 63):
+                raise StropError(f"{path}: {name} is {quoted(told)}, no token: restore the original files")
 
 
 def _require_finite(model: PreTrainedModel, path: Path) -> None:

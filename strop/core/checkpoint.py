@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from strop.core.errors import StropError
+from strop.core.errors import StropError, quoted, reason
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -95,7 +95,7 @@ def _config(path: Path) -> dict:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise StropError(f"{file} is not valid JSON ({error}): restore the original file") from error
+        raise StropError(f"{file} is not valid JSON ({reason(error)}): restore the original file") from error
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise StropError(f"{file} names no model_type, so transformers cannot tell the architecture")
     return config
@@ -108,11 +108,13 @@ def _shards(path: Path) -> tuple[Path, ...]:
         return (single,) if single.exists() else tuple(present)
     try:
         wanted = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if not all(isinstance(name, str) for name in wanted):
+            raise TypeError("a shard without a name")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StropError(f"{index} is not a valid shard index: restore the original file") from error
     missing = sorted(wanted - {shard.name for shard in present})
     if missing:
-        raise StropError(f"{path} lacks {len(missing)} shard(s), first {missing[0]}: download it again")
+        raise StropError(f"{path} lacks {len(missing)} shard(s), first {quoted(missing[0])}: download it again")
     return tuple(shard for shard in present if shard.name in wanted)
 
 
@@ -142,7 +144,7 @@ def _require_layers(path: Path, config: dict, weights: int) -> None:
     told = [part[key] for part in parts for key in LAYERS if type(part.get(key)) is int]
     if max(told, default=0) > weights:
         raise StropError(
-            f"{path} has {max(told)} layers by config.json and {weights} weights: restore the original files"
+            f"{path} has {quoted(max(told))} layers by config.json and {weights} weights: restore the original files"
         )
 
 

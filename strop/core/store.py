@@ -5,15 +5,18 @@ runs may share a file.
 """
 
 import json
+import shutil
 import sqlite3
 import time
 from pathlib import Path
 from typing import Any
 
-from strop.core.errors import StropError
+from strop.core.errors import StropError, reason
 
 WAIT = 60.0
 """Seconds to wait for another process that is writing."""
+LEAST = 256 << 10
+"""Bytes that SQLite may want at once, beside the file and in it."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
@@ -48,7 +51,8 @@ class ResultStore:
             self.connection.commit()
         except (OSError, sqlite3.Error) as error:
             raise StropError(
-                f"cannot keep results in {path} ({error}): name another folder, or move the file away"
+                f"cannot keep results in {path} ({_told(path, error)}): name another folder, or move the "
+                "file away"
             ) from error
         self.path = path
 
@@ -69,7 +73,7 @@ class ResultStore:
         try:
             found = self.connection.execute("SELECT row FROM results WHERE key = ?", (key,)).fetchone()
         except sqlite3.Error as error:
-            raise StropError(f"cannot read {self.path}: {error}") from error
+            raise StropError(f"cannot read {self.path}: {_told(self.path, error)}") from error
         return None if found is None else json.loads(found[0])
 
     def put(self, key: str, names: dict[str, Any], row: dict[str, Any]) -> None:
@@ -94,8 +98,15 @@ class ResultStore:
             with self.connection:
                 self.connection.execute(INSERT, values)
         except sqlite3.Error as error:
-            raise StropError(f"cannot write {self.path}: {error}") from error
+            raise StropError(f"cannot write {self.path}: {_told(self.path, error)}") from error
 
     def close(self) -> None:
         """Close the file."""
         self.connection.close()
+
+
+def _told(path: Path, error: Exception) -> str:
+    """What went wrong. SQLite calls a full disk an I/O error where it cannot grow the index of its log."""
+    if "I/O" in str(error) and shutil.disk_usage(path.parent).free < LEAST:
+        return "the disk is full"
+    return reason(error)

@@ -1,8 +1,8 @@
 """Sums over tokens of two feature activations, from which correlations follow: one pass, float64.
 
-Rows of `sums` `[G, 8, m]` are sum x, sum y, sum x^2, sum y^2, sum xy, tokens with x > 0, with y > 0, with both,
-for each of G folds of the tokens. `peaks` `[G, 2, m]` and `places` `[G, 2, m]` hold the largest x and y of each
-fold and the number of the token where it first stood. Features are not below 0, and mostly 0.
+Rows of `sums` `[G, 8, m]` are sum x, sum y, sum x^2, sum y^2, sum xy, tokens with x > 0, with y > 0, with
+both, for each of G folds of the tokens. `peaks` `[G, 2, m]` and `places` `[G, 2, m]` hold the largest x and y
+of each fold and the number of the token where it first stood. Features are not below 0, and mostly 0.
 """
 
 import sys

@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from strop.core.errors import StropError
+from strop.core.errors import StropError, quoted
 from strop.core.files import did_you_mean
+
+
+CONFIGS = ("config.json", "cfg.json")
+"""What a folder is known by; the second is of a sparse autoencoder."""
 
 
 def zoo_root() -> Path:
@@ -24,8 +28,8 @@ def zoo_root() -> Path:
 
 
 def zoo_names() -> list[str]:
-    """Names of the models that are there, sorted: folders with a config and weights."""
-    found = (p for p in zoo_root().iterdir() if (p / "config.json").is_file())
+    """Names of what is there, sorted: folders of models, drafters or autoencoders, with a config and weights."""
+    found = (p for p in zoo_root().iterdir() if any((p / name).is_file() for name in CONFIGS))
     return sorted(p.name for p in found if any(p.glob("*.safetensors")))
 
 
@@ -34,7 +38,7 @@ def zoo_path(name: str) -> Path:
     names = zoo_names()
     if name in names:
         return zoo_root() / name
-    raise StropError(f"no bundled model is called {name!r} in {zoo_root()}; {did_you_mean(name, names)}")
+    raise StropError(f"no bundled model is called {quoted(name)} in {zoo_root()}; {did_you_mean(name, names)}")
 
 
 def card(name: str) -> str:

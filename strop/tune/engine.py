@@ -12,6 +12,7 @@ from strop.core.files import require_folder
 from strop.model import load
 from strop.recipe import Recipe
 from strop.tasks.data import bundled, read_data
+from strop.tune.audited import FeatureAudit
 from strop.tune.chosen import export_chosen
 from strop.tune.frontier import Row, judge
 from strop.tune.measure import Bench, Report
@@ -42,7 +43,13 @@ def tune(
     work = build(base, data, settings.context, settings.batch, settings.seed)
     require_folder(out)
     study = Study(base, data, work, out, settings, resume, report)
+    audited = None
+    if settings.audit:
+        given = data if data_file else None
+        audited = FeatureAudit(base, given, out / "sae", settings.seed, report)
     rows = study.run()
+    if audited:
+        audited.add(rows, report)
     chosen = judge(rows, settings.objective, settings.max_drop)
     recipe = Recipe.from_dict(chosen["recipe"])
     recipe.save(out / "recipe.yaml")

@@ -33,6 +33,8 @@ from strop.tune.report_measures import (
     size,
 )
 
+KEPT = 0.9
+"""Share of features below which a recipe within the drop is warned of."""
 SLOT_TITLES = {"kv": "KV cache"}
 STATES = ("measured", "refused", "failed", "skipped")
 
@@ -150,6 +152,20 @@ def elsewhere(rows: Iterable[Row]) -> Iterable[str]:
         )
 
 
+def warnings(rows: Iterable[Row], max_drop: float | None) -> Iterable[str]:
+    """Recipes that keep the quality and lose features."""
+    few = [
+        f"{row['label']} ({percent(row['audit']['survived'])})"
+        for row in rows
+        if row["within_drop"] and row.get("audit") and row["audit"]["survived"] < KEPT
+    ]
+    if few:
+        yield (
+            f"Within {allowed(max_drop)}, and yet less than {share(KEPT)} of the model's features survive: "
+            f"{', '.join(few)}. `strop audit` shows which."
+        )
+
+
 def figures(rows: list[Row], chosen: Row, max_drop: float | None) -> list[tuple[str, str, str]]:
     """The few numbers at the top of the page: name, value, small print."""
     whole = shown(rows[0], "memory.total_bytes", size, " instead of {}")
@@ -197,6 +213,7 @@ def view(study: Mapping[str, Any]) -> dict[str, Any]:
         "outcome": outcome(rows, chosen, max_drop),
         "scope": scope(study),
         "allowed": allowed(max_drop),
+        "warnings": list(warnings(rows, max_drop)),
         "figures": figures(rows, chosen, max_drop),
         "lines": lines,
         "groups": [(title, members) for title, members in groups if members],

@@ -32,6 +32,8 @@ class Settings:
     """Names of the methods to try; None: all."""
     draft: str | None = None
     """A drafter to try besides the bundled ones."""
+    audit: bool = False
+    """Whether to say which share of the model's features each recipe keeps."""
     device: str = "cpu"
     dtype: str = "auto"
     seed: int = 0
@@ -64,5 +66,5 @@ class Settings:
         for name, value in asdict(self).items():
             if value != getattr(default, name) and (only is None or name in only):
                 shown = ",".join(value) if isinstance(value, tuple) else f"{value}"
-                words += [f"--{name.replace('_', '-')}", shown]
+                words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [shown])
         return words

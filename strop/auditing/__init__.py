@@ -1,0 +1,1 @@
+"""From models and text to what became of features."""

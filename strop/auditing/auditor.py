@@ -1,0 +1,195 @@
+"""One model with an autoencoder of it and a text, on which its changes are audited."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strop.audit.sae import CONFIG, SAE
+from strop.audit.sae_fit import fit_sae
+from strop.audit.sae_training import Report, judged
+from strop.audit.states import read, sequences, site
+from strop.audit.study import study
+from strop.audit.survival import AT_ONCE, Survival, dictionary, gate, reader, survival
+from strop.audit.text import pieces, start_token, token_ids
+from strop.auditing.training import DOCUMENTS, JUDGED, LENGTH, Settings, Tell, training_plan
+from strop.core.errors import StropError
+from strop.model import Model
+from strop.models.zoo import zoo_names, zoo_path
+from strop.tasks.data import Data, bundled
+
+LOSSY_LENGTH = 2048
+"""Tokens of a sequence where the cache differs: it must be filled."""
+LEARNT = 500_000
+"""Tokens that an autoencoder learns from which the audit itself trains."""
+POOR = 0.8
+"""Loss recovered below which an autoencoder says little of this text."""
+FEW = 8
+"""Sequences below which an interval over them is not to be trusted."""
+UNTOUCHED = 0.9999
+"""Least correlation of a feature above which a cache is said to have lost nothing."""
+GATED = 8
+"""Sequences that the first token is judged on."""
+FIRST = {False: "no first token", True: "each behind the first token, which counts nowhere"}
+"""What begins a sequence, in words."""
+
+
+class Auditor:
+    """One model with an autoencoder of it and a text, on which changes of the model are audited."""
+
+    def __init__(
+        self,
+        base: Model,
+        data: Data | None,
+        place: Path,
+        settings: Settings,
+        report: Report = lambda what, share: None,
+        tell: Tell = lambda sentence: None,
+    ) -> None:
+        """`data` None is the bundled text; an autoencoder is trained into `place` where none is there."""
+        self.base, self.settings = base, settings
+        self.data = data or bundled(str(base.recipe.model), DOCUMENTS)
+        self.start = start_token(base.tokenizer, base.vocabulary)
+        self.skip = int(self.start is not None)
+        self.parts = pieces(self.data, base.text, settings.seed)
+        found = _named_sae(base, settings)
+        self.trained = found is None
+        if found is None:
+            self._require_layer(settings.layer)
+            sae, self.parts, self.sae_name = self._train(data, place, report, tell)
+        else:
+            sae, self.sae_name = SAE.load(found[0]), found[1]
+            _require_fits(base, sae, self.sae_name, settings.layer)
+        self.sae = sae.to(base.device)
+        self.ids = token_ids(base.tokenizer, self.parts, settings.tokens, base.vocabulary)
+        report("judging the autoencoder", 0.0)
+        some = self.rows(self.length(lossy=False))[: JUDGED // LENGTH]
+        self.quality = judged(base, self.sae, some, self.skip)
+        self.gate = self._gate()
+
+    def rows(self, length: int) -> Tensor:
+        """Sequences `[S, length]` of the text."""
+        return sequences(self.ids, length, self.start)
+
+    def length(self, lossy: bool) -> int:
+        """Tokens of a sequence; a short text is not all spent on a few long ones."""
+        afforded = max(sum(map(len, self.ids)) // FEW, LENGTH)
+        wanted = self.settings.length or (min(LOSSY_LENGTH, afforded) if lossy else LENGTH)
+        return min(wanted, self.base.context_limit)
+
+    def study(self, found: Survival, rows: Tensor) -> dict[str, Any]:
+        """What became of the features as plain data, with the regime it holds for."""
+        told = study(found, rows, self.skip, self.base.tokenizer)
+        told["regime"] |= {"layer": self.sae.layer, "first_token": FIRST[self.start is not None]}
+        return told
+
+    def survival(self, lm: Model, report: Report = lambda what, share: None) -> tuple[Survival, Tensor]:
+        """What became of the features in a changed model, and the sequences read."""
+        lossy = lm.recipe.kv is not None
+        rows = self.rows(self.length(lossy))
+        before, after = (reader(model, self.sae.layer, lossy) for model in (self.base, lm))
+        encode, at_once = dictionary(self.sae), AT_ONCE * (LOSSY_LENGTH // LENGTH if lossy else 1)
+        device = self.base.device
+        with torch.no_grad():
+            found = survival(before, after, encode, self.sae.m, rows, self.skip, device, report, at_once)
+        return found, rows
+
+    def describe(self, lm: Model, after: str, found: Survival) -> dict[str, Any]:
+        """What was compared on what, and what to know of it."""
+        base, sae = self.base, self.sae
+        recipe = lm.recipe if lm.recipe.methods() else None
+        label = lm.recipe.label() if recipe else after
+        return {
+            "before": {
+                "name": base.recipe.model,
+                "architecture": type(base.plain).__name__,
+                "parameters": sum(p.numel() for p in base.plain.parameters()),
+                "dtype": str(base.dtype).removeprefix("torch."),
+                "fingerprint": base.checkpoint.fingerprint(),
+            },
+            "after": {"name": after, "label": label, "recipe": recipe.to_yaml() if recipe else None},
+            "sae": {
+                "name": self.sae_name,
+                "layer": sae.layer,
+                "form": sae.form,
+                "features": sae.m,
+                "fires": sae.k or None,
+                "quality": self.quality,
+            },
+            "data": {"name": self.data.name, "fingerprint": self.data.fingerprint},
+            "gate": self.gate,
+            "notes": list(self._notes(lm, found)),
+        }
+
+    def _notes(self, lm: Model, found: Survival) -> Iterator[str]:
+        recovered = self.quality["loss_recovered"]
+        if recovered < POOR:
+            yield (
+                f"The autoencoder recovers {recovered:.2f} of the loss here, below {POOR}: its features "
+                "say little of what the model does here; take another, or train one on such text."
+            )
+        if len(found.stream.tokens) < FEW:
+            yield (
+                f"The text makes {len(found.stream.tokens)} sequences, too few for an interval to be trusted."
+            )
+        if lm.recipe.kv is not None and found.rho[found.active].min() > UNTOUCHED:
+            yield (
+                f"The cache of {lm.recipe.label()} lost nothing over sequences of {self.length(True):,} "
+                "tokens: a longer --length fills it."
+            )
+
+    def _gate(self) -> dict[str, Any] | None:
+        if self.start is None:
+            return None
+        rows = self.rows(self.length(lossy=False))[:GATED]
+        return gate(lambda ids: read(self.base, ids, self.sae.layer)[1], rows, rows[:, 1:], begins=True)
+
+    def _require_layer(self, layer: int | None) -> None:
+        if layer is not None:
+            site(self.base.plain, layer)
+
+    def _train(
+        self, data: Data | None, place: Path, report: Report, tell: Tell
+    ) -> tuple[SAE, list[str], str]:
+        """An autoencoder, the text that it was not trained on, and its name."""
+        name, layer = str(self.base.recipe.model), self.settings.layer
+        plan, rows, held_out, rest = training_plan(self.base, data, self.settings, layer=layer, tokens=LEARNT)
+        tell(
+            f"no autoencoder of {name} is bundled: one of {plan.m:,} features behind layer {plan.layer} is "
+            f"trained into {place} first"
+        )
+        about = {"model_name": name}
+        sae, _ = fit_sae(self.base, rows, held_out, place, plan, about, self.skip, True, report, tell)
+        return sae, rest, str(place)
+
+
+def _named_sae(base: Model, settings: Settings) -> tuple[Path, str] | None:
+    """The autoencoder that is named, or bundled for this model and layer."""
+    if settings.sae is not None:
+        name = settings.sae
+        return (zoo_path(name[4:]) if name.startswith("zoo:") else Path(name)), name
+    for name in zoo_names():
+        if not (zoo_path(name) / CONFIG).is_file():
+            continue
+        sae = SAE.load(zoo_path(name))
+        if sae.about.get("model_name") == base.recipe.model and settings.layer in (None, sae.layer):
+            return zoo_path(name), f"zoo:{name}"
+    return None
+
+
+def _require_fits(base: Model, sae: SAE, name: str, layer: int | None) -> None:
+    """Raise StropError where the autoencoder is of another layer or width."""
+    if layer not in (None, sae.layer):
+        raise StropError(
+            f"{name} reads layer {sae.layer} and --layer says {layer}: leave --layer out, or give an "
+            "autoencoder of that layer"
+        )
+    site(base.plain, sae.layer)
+    width = base.plain.get_input_embeddings().weight.shape[1]
+    if sae.d != width:
+        raise StropError(
+            f"the autoencoder {name} reads states of width {sae.d} and {base.recipe.model} has {width}: give "
+            "an autoencoder of this model"
+        )

@@ -1,0 +1,118 @@
+"""From two models to a study of which features survived: what `strop audit` does."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from strop.audit.audit_report import write_report
+from strop.audit.features import require_parquet, write_features
+from strop.audit.sae_training import Report
+from strop.auditing.auditor import GATED, Auditor
+from strop.auditing.beside import controls
+from strop.auditing.training import Settings, Tell
+from strop.core.errors import StropError
+from strop.core.machine import machine
+from strop.core.training import write_json
+from strop.model import Model, load, located
+from strop.recipe import Recipe
+from strop.tasks.data import read_data
+
+ALIKE = {"model_type": "architecture", "hidden_size": "width", "num_hidden_layers": "depth"}
+"""What two models must have in common, as configs and people call it."""
+
+
+def audit(
+    before: str,
+    after: str,
+    data_file: Path | None,
+    out: Path,
+    settings: Settings,
+    fail_under: float | None = None,
+    report: Report = lambda what, share: None,
+    tell: Tell = lambda sentence: None,
+) -> dict[str, Any]:
+    """Audit AFTER beside BEFORE on the user's data, and write report.html, audit.json and features.parquet.
+
+    Returns the study as plain data; `passed` is None where nothing was asked for. Raises StropError for a
+    user's mistake, before anything is written.
+    """
+    require_parquet()
+    if before.endswith((".yaml", ".yml")):
+        raise StropError(f"BEFORE is the model as it was, and {before} is a recipe: name its model")
+    report("loading", 0.0)
+    base = load(before, settings.dtype, settings.device)
+    lm, said = changed(base, after, settings)
+    data = read_data(data_file) if data_file else None
+    auditor = Auditor(base, data, out / "sae", settings, report, tell)
+    require_same_tokens(base, lm, auditor.parts, after)
+    found, rows = auditor.survival(lm, report)
+    told = auditor.study(found, rows)
+    words = ["--data", str(data_file)] if data_file else []
+    told |= auditor.describe(lm, after, found)
+    survived, rise = told["survival"]["survived"], told["loss"]["rise"]
+    beside = controls(auditor, lm, rows, report) if settings.controls else []
+    told |= {
+        "fail_under": fail_under,
+        "passed": None if fail_under is None else survived[1] >= fail_under,
+        "discordance": [{"name": told["after"]["label"], "rise": rise, "survived": survived}, *beside],
+        "command": shlex.join(["strop", "audit", before, after, *words, "--out", str(out)]),
+        "machine": machine(),
+    }
+    told["notes"] += said
+    write_features(found.table(), told, out / "features.parquet")
+    told = json.loads(json.dumps(told), parse_constant=lambda name: None)
+    write_json(out / "audit.json", told)
+    write_report(told, out / "report.html")
+    return told
+
+
+def changed(base: Model, after: str, settings: Settings) -> tuple[Model, list[str]]:
+    """AFTER as a model, with the loaded weights where it is a recipe for BEFORE, and what was left out.
+
+    Raises StropError where it is another model.
+    """
+    recipe = Recipe.load(Path(after)) if after.endswith((".yaml", ".yml")) else Recipe(model=after)
+    said = []
+    if recipe.decode is not None:
+        said.append("The decode slot was left out: drafts change nothing in what a model reads.")
+    same = recipe.model is None or located(str(recipe.model)).fingerprint() == base.checkpoint.fingerprint()
+    if same and recipe.methods():
+        recipe.check()
+        lm = base.with_(**recipe.methods() | {"decode": None})
+    else:
+        lm = load(after, settings.dtype, settings.device).with_(decode=None)
+    _require_alike(base, lm, after)
+    if lm.dtype != base.dtype:
+        kinds = [str(model.dtype).removeprefix("torch.") for model in (base, lm)]
+        said.append(f"BEFORE computes in {kinds[0]} and AFTER in {kinds[1]}: a part of the change is that.")
+    return lm, said
+
+
+def _require_alike(base: Model, lm: Model, after: str) -> None:
+    ours, theirs = (model.plain.config.get_text_config(decoder=True) for model in (base, lm))
+    for name, what in ALIKE.items():
+        one, other = getattr(ours, name, None), getattr(theirs, name, None)
+        if one != other:
+            raise StropError(
+                f"{after} has another {what} than {base.recipe.model} ({other} instead of {one}): features "
+                "can be followed only into a changed copy of the same model"
+            )
+    if base.tokenizer is not lm.tokenizer and base.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise StropError(
+            f"{after} has another vocabulary than {base.recipe.model}: both models must read the same tokens"
+        )
+
+
+def require_same_tokens(base: Model, lm: Model, parts: Sequence[str], after: str) -> None:
+    """Raise StropError unless both tokenizers read some of the text alike."""
+    if base.tokenizer is lm.tokenizer:
+        return
+    for part in parts[:GATED]:
+        one, other = (m.tokenizer(part, add_special_tokens=False)["input_ids"] for m in (base, lm))
+        if one != other:
+            raise StropError(
+                f"the tokenizer of {after} reads the text as other tokens than that of {base.recipe.model}: "
+                "copy the tokenizer files of BEFORE into its folder"
+            )

@@ -1,0 +1,155 @@
+"""Sparse autoencoders: each form against its formula, SAELens folders, what is wrong with a folder."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from strop.audit.sae import CONFIG, NORMS, SAE, WEIGHTS
+from strop.core.errors import StropError
+from strop.kernels import moments, moments_numba, topk, topk_numba
+
+D, M = 6, 20
+
+
+def made(**changes: Any) -> SAE:
+    draw = torch.Generator().manual_seed(1)
+    sizes = {"w_enc": (D, M), "b_enc": (M,), "w_dec": (M, D), "b_dec": (D,)}
+    tensors = {name: torch.randn(size, generator=draw) for name, size in sizes.items()}
+    return SAE(**tensors | {"layer": 2} | changes)
+
+
+def states() -> torch.Tensor:
+    return torch.randn(3, 5, D, generator=torch.Generator().manual_seed(2)) * 3 + 1
+
+
+def normalised(x: np.ndarray, sae: SAE) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States as the encoder reads them, and what undoes it: times, plus."""
+    if sae.norm == "layer_norm":
+        mean, spread = x.mean(-1, keepdims=True), x.std(-1, ddof=1, keepdims=True) + 1e-5
+        return (x - mean) / spread, spread, mean
+    if sae.norm == "constant_norm_rescale":
+        size = np.sqrt((x**2).sum(-1, keepdims=True) / x.shape[-1])
+        return x / size, size, np.zeros(1)
+    return x * sae.factor, np.full(1, 1 / sae.factor), np.zeros(1)
+
+
+FORMS = {
+    "relu": {},
+    "jumprelu": {"form": "jumprelu", "threshold": torch.linspace(0.1, 2, M)},
+    "topk": {"form": "topk", "k": 4},
+    "topk by norm": {"form": "topk", "k": 4, "by_norm": True},
+    "embeddings": {"layer": -1},
+}
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("form", FORMS)
+def test_features_and_what_they_write_follow_the_formulas(form, norm, centred):
+    factor = 0.7 if norm == "expected_average_only_in" else 1.0
+    sae, given = made(**FORMS[form], norm=norm, factor=factor, centred=centred), states()
+    w_enc, b_enc, w_dec, b_dec = (
+        getattr(sae, name).double().numpy() for name in ("w_enc", "b_enc", "w_dec", "b_dec")
+    )
+    x, times, plus = normalised(given.double().numpy(), sae)
+    pre = (x - b_dec if centred else x) @ w_enc + b_enc
+    lengths = np.linalg.norm(w_dec, axis=1) if sae.by_norm else np.ones(M)
+    pre = pre * lengths
+    wanted = np.maximum(pre, 0)
+    if sae.form == "jumprelu":
+        wanted = np.where(pre > sae.threshold.double().numpy(), wanted, 0)
+    if sae.form == "topk":
+        least = np.sort(pre, -1)[..., -sae.k, None]
+        wanted = np.where(pre >= least, wanted, 0)
+    features = sae.encode(given)
+    assert np.allclose(features, wanted, atol=1e-4)
+    written = (wanted / lengths @ w_dec + b_dec) * times + plus
+    assert np.allclose(sae.decode(features, given), written, atol=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_gives_back_what_was_saved(form, tmp_path):
+    sae = made(**FORMS[form], centred=True, norm="expected_average_only_in", factor=0.5)
+    sae.save(tmp_path)
+    again = SAE.load(tmp_path)
+    assert torch.equal(again.encode(states()), sae.encode(states()))
+    for name in ("layer", "form", "k", "centred", "norm", "factor", "by_norm"):
+        assert getattr(again, name) == getattr(sae, name), name
+
+
+def spoil_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+
+
+def spoil_tensor(folder: Path, name: str, change: Any) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    tensors[name] = change(tensors[name])
+    save_file({key: value for key, value in tensors.items() if value is not None}, folder / WEIGHTS)
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor[7] = torch.nan
+    return tensor
+
+
+BAD = {
+    "no config": (lambda at: (at / CONFIG).unlink(), "no readable cfg.json"),
+    "a list": (lambda at: (at / CONFIG).write_text("[]"), "is not a mapping"),
+    "gated": (lambda at: spoil_config(at, architecture="gated"), "architecture 'gated' is not read"),
+    "k": (lambda at: spoil_config(at, k=21), "keeps 1 to 20 features, got k = 21"),
+    "heads": (lambda at: spoil_config(at, hook_name="blocks.1.attn.hook_z"), "no residual stream"),
+    "factor": (
+        lambda at: spoil_config(at, normalize_activations="expected_average_only_in"),
+        "without a norm_scaling_factor",
+    ),
+    "threshold": (lambda at: spoil_config(at, architecture="jumprelu"), "needs the tensor `threshold`"),
+    "cut": (lambda at: (at / WEIGHTS).write_bytes((at / WEIGHTS).read_bytes()[:200]), "restore the file"),
+    "missing": (lambda at: spoil_tensor(at, "W_dec", lambda t: None), "has no tensor W_dec"),
+    "shape": (lambda at: spoil_tensor(at, "b_enc", lambda t: t[:-1].clone()), r"b_enc is \[19\]"),
+    "nan": (lambda at: spoil_tensor(at, "W_dec", with_nan), r"W_dec holds numbers.*\(feature 7\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_folder_is_told_in_one_sentence(case, tmp_path):
+    made(form="topk", k=4).save(tmp_path)
+    spoil, sentence = BAD[case]
+    spoil(tmp_path)
+    with pytest.raises(StropError, match=sentence):
+        SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize(("m", "k"), [(4096, 32), (61, 5), (7, 7), (300, 40), (3, 1)])
+@pytest.mark.parametrize("shift", [0.0, -2.0])
+def test_the_largest_are_kept_as_torch_keeps_them(m, k, shift):
+    draw = torch.Generator().manual_seed(m)
+    values = (torch.randn(50, m, generator=draw) * 4).round() / 4 + shift  # with many equals
+    values[0] = -1.0
+    wanted, found = (module.keep_largest(values.clone(), k) for module in (topk, topk_numba))
+    assert torch.equal(found.sort(1).values, wanted.sort(1).values)
+    assert ((found == 0) | (found == values)).all()
+
+
+def test_sums_are_those_of_the_twin():
+    draw = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(40, 33, generator=draw).relu() for _ in range(2))
+    folds, results = torch.arange(40) % 3, []
+    for module in (moments, moments_numba):
+        held = torch.zeros(3, 8, 33, dtype=torch.float64), torch.zeros(3, 2, 33), torch.full((3, 2, 33), -1)
+        module.accumulate(x, y, folds, 100, *held)
+        results.append(held)
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, rtol=1e-12)
+
+
+def test_another_device_is_asked_for_every_tensor():
+    sae = made(form="jumprelu", threshold=torch.ones(M))
+    assert {t.device.type for t in vars(sae.to("meta")).values() if isinstance(t, torch.Tensor)} == {"meta"}
+    assert replace(sae).about == {}
