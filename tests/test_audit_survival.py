@@ -89,6 +89,16 @@ def test_a_single_sequence_bounds_nothing(table, rows):
     assert found.loss()["rise"] == (0.0, -np.inf, np.inf)
 
 
+def test_intervals_hold_their_estimates_on_little_text(table, rows):
+    """Sequences drawn again are fewer distinct ones, which lowers correlations of rare features."""
+    shares = survival(
+        read_as(table), read_as(table, 0.4), dictionary(dictionary_of()), M, rows[:10, :24]
+    ).shares()
+    for name, (value, low, high) in shares.items():
+        assert low <= value <= high, name
+    assert 0 < shares["survived"][1] < shares["survived"][2] < 1
+
+
 def test_draws_without_a_feature_do_not_call_it_damaged(table):
     rows = torch.zeros(8, 64, dtype=torch.int64)
     rows[0] = torch.arange(64) % 50  # most features fire in one sequence alone, which draws may lack
