@@ -29,7 +29,7 @@ from strop.tune.report import scope
 
 HERE = Path(__file__).parent
 ASKED = {"methods": ("snapkv", "prompt_lookup"), "context": 560, "max_drop": 0.9}
-"""A study without compiled kernels: one that was compiled just now rounds otherwise than one from a cache."""
+"""A study without kernels, whose compiling would take most of the time."""
 
 
 @pytest.fixture(scope="module", autouse=True)

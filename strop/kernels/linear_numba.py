@@ -15,7 +15,7 @@ from strop.kernels.record_numba import from_half, jit, share, to_half, workers
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 WIDE, NARROW = LANES[8], LANES[1]
-strict = njit(nogil=True, error_model="numpy")
+strict = njit(nogil=True, forceinline=True, error_model="numpy")
 """What the kernel calls; no fast math, which would let the compiler choose the order of sums."""
 one_8, one_4, one_2, one_1 = (product(width, 1) for width in (8, 4, 2, 1))
 block_8, block_4, block_2, block_1 = (product(width, BLOCK) for width in (8, 4, 2, 1))

@@ -2,6 +2,11 @@
 
 numba keeps compiled kernels on disk and compiles again when the kernel's own file changes. A change here
 passes unnoticed: remove `__pycache__` after one.
+
+What kernels call is inlined into them by force. Otherwise a compiled kernel holds weak copies of it. A
+process that compiles has loaded each function by itself before, so the kernel jumps there; one that loads the
+kernel from disk has only the copies. Both are the same source, optimised apart, and fast math lets them round
+differently: last bits would depend on whether the kernel was compiled in this process.
 """
 
 import os
@@ -22,9 +27,9 @@ FASTMATH = {"contract", "reassoc", "nsz"}
 """What may change a rounding, but hides neither NaN nor infinity."""
 kernel = njit(nogil=True, cache=True, error_model="numpy", fastmath=FASTMATH)
 """What Python calls."""
-jit = njit(nogil=True, error_model="numpy", fastmath=FASTMATH)
+jit = njit(nogil=True, forceinline=True, error_model="numpy", fastmath=FASTMATH)
 """What kernels call."""
-jit_finite = njit(nogil=True, error_model="numpy", fastmath=True)
+jit_finite = njit(nogil=True, forceinline=True, error_model="numpy", fastmath=True)
 """The same where a NaN may get lost."""
 
 FORM = np.dtype(
