@@ -6,7 +6,9 @@ A server of the bundled coder in float32 with `kvarn k4v4` runs beside it on 127
 in a closed loop for streamed texts to fixed prompts, greedy and drawn; meanwhile clients hang, lie about
 their length, send garbage, and leave in mid-stream. Each text is compared to what `Model.generate` writes for
 the prompt alone. `gaps` says of greedy texts that differ by how much the first other token was behind in the
-scores: 0 is a tie. `--guidellm BIN` lets that benchmark ask too, once, afterwards.
+scores: 0 is a tie. `tokens` are those of whole texts of clients that behave; `tokens_of_all` are also those
+of clients that left and of texts under way at the end. `--guidellm BIN` lets that benchmark ask too, once,
+afterwards.
 """
 
 import argparse
@@ -176,8 +178,9 @@ def serve(options: argparse.Namespace, recipe: Path, asked: list[str], expected:
         "streams": options.streams,
         "seconds": seconds,
         "texts": tally.texts,
-        "tokens": tokens,
-        "tokens_per_s": tokens / seconds,
+        "tokens": tally.texts * NEW,
+        "tokens_per_s": tally.texts * NEW / seconds,
+        "tokens_of_all": tokens,
         "first_token_s": quantiles(tally.first_s),
         "whole_s": quantiles(tally.whole_s),
         "errors": dict(tally.errors),
@@ -212,7 +215,7 @@ def main() -> None:
         "load_average": os.getloadavg(),
         "alone_tokens_per_s": [before, after],
         "served": served | {"prompts_that_differ": len(other), "gaps": gaps(lm, asked, expected, other)},
-        "speedup": 2 * served["tokens_per_s"] / (before + after),
+        "speedup": sorted(served["tokens_per_s"] / one for one in (before, after)),
     }
     with atomic(options.out) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

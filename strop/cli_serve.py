@@ -34,20 +34,23 @@ def serve(
 ) -> None:
     """Serve a model or recipe behind OpenAI's API: completions, chat, streams, Prometheus metrics.
 
-    Stops on Ctrl-C or SIGTERM, with exit code 0, once running requests have ended.
+    Stops on Ctrl-C or SIGTERM, with exit code 0, once running requests have ended; with 1 should it fail.
     """
     _require_packages()
     console.quiet()
     from strop.server import run
     from strop.server.limits import Limits
 
-    if api_key is not None and not (api_key.isascii() and api_key.strip()):
+    api_key = None if api_key is None else api_key.strip()
+    if api_key is not None and not (api_key and api_key.isascii() and api_key.isprintable()):
         raise StropError("the API key is empty or not ASCII: give --api-key a few letters and digits")
     limits = Limits(batch=batch, queue=queue, prompt=max_prompt, output=max_tokens)
     with run.bind(host, port, api_key, limits) as sock:
         with console.progress() as report:
             lm = run.open_model(model, dtype.value, device.value, report)
-        run.run(model, sock, lm, limits, api_key, grace, _announce(as_json))
+        why = run.run(model, sock, lm, limits, api_key, grace, _announce(as_json))
+    if why is not None:
+        console.fail(why, 1)
 
 
 def _announce(as_json: bool) -> Any:

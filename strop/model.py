@@ -5,7 +5,6 @@ slot stays as it is. Generation is transformers' own `generate`; strop brings th
 the keyed sampler.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from strop.core.cache import attach
 from strop.core.causal import FROM_FOLDER, load_causal, not_loaded, require_causal
 from strop.core.checkpoint import Checkpoint, inspect, require_memory
-from strop.core.errors import StropError
+from strop.core.errors import StropError, reason
+from strop.core.hooks import shared
 from strop.core.sampling import KeyedSampler
 from strop.decode.calibrate import Report
 from strop.decode.stats import Stats
@@ -55,9 +55,7 @@ class Model:
         self.recipe = recipe
         self.checkpoint = checkpoint
         if model is None:
-            model = (
-                plain if recipe.weights is None else recipe.weights.apply(_shared(plain), self.calibration)
-            )
+            model = plain if recipe.weights is None else recipe.weights.apply(shared(plain), self.calibration)
         self.model = model
         self.stats: Stats | None = None
         """What drafts brought in the newest generation; None where the recipe has no drafter."""
@@ -228,12 +226,6 @@ class Model:
         return sum(storages.values())
 
 
-def _shared(model: PreTrainedModel) -> PreTrainedModel:
-    """The model's modules once more, around the same tensors: some can be swapped, none is held twice."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-
-
 def load(source: str | Path, dtype: str = "auto", device: str = "cpu") -> Model:
     """Load `zoo:NAME`, a checkpoint folder, or a recipe file (`*.yaml`) with the model that it names.
 
@@ -280,6 +272,6 @@ def _require_runs(model: Model) -> None:
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise StropError(
             f"{type(model.plain).__name__} does not run with the cache that strop hands it "
-            f"({' '.join(str(error).split())[:200]}): use an architecture that caches keys and values, or "
+            f"({reason(error)}): use an architecture that caches keys and values, or "
             "leave the kv slot empty"
         ) from error

@@ -7,6 +7,7 @@ nest. Everything strop does is a function over recipes.
 import dataclasses
 import inspect
 import os
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from strop.core.errors import StropError
+from strop.core.errors import UNREAD, StropError, quoted, reason
 from strop.core.files import atomic, did_you_mean, digest
 from strop.core.method import Method
 from strop.decode import CaDDTree, DDTree, DecodeMethod, DFlash, PromptLookup
@@ -190,8 +191,8 @@ class Recipe:
             data = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
         except OSError as error:
             raise StropError(f"cannot read recipe {path}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-            raise StropError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, RecursionError, *UNREAD) as error:
+            raise StropError(f"{path} is not YAML: {reason(error)}") from error
         recipe = cls.from_dict(data)
         if recipe.model and not recipe.model.startswith("zoo:") and os.path.isdir(path.parent / recipe.model):
             recipe = dataclasses.replace(recipe, model=str(path.parent / recipe.model))
@@ -203,14 +204,14 @@ class Recipe:
         if not isinstance(data, dict):
             raise StropError("a recipe is a mapping that starts with `strop: 1`")
         if data.get("strop") != VERSION:
-            raise StropError(f"a recipe starts with `strop: {VERSION}`, got {data.get('strop')!r}")
+            raise StropError(f"a recipe starts with `strop: {VERSION}`, got {quoted(data.get('strop'))}")
         model = data.get("model")
         if model is not None and not isinstance(model, str):
-            raise StropError(f"`model` names a folder or zoo:NAME, got {model!r}")
+            raise StropError(f"`model` names a folder or zoo:NAME, got {quoted(model)}")
         slots = {key: node for key, node in data.items() if key not in ("strop", "model")}
         for slot in slots:
             if slot not in METHODS:
-                raise StropError(f"unknown slot {slot!r}; {did_you_mean(str(slot), list(SLOTS))}")
+                raise StropError(f"unknown slot {quoted(slot)}; {did_you_mean(str(slot), list(SLOTS))}")
         parsed = {slot: _parse(slot, node) for slot, node in slots.items() if node is not None}
         return cls(model=model, **parsed)
 
@@ -244,20 +245,20 @@ def _parse(slot: str, node: Any) -> Any:
     if isinstance(node, str):
         node = {node: {}}
     if not isinstance(node, dict) or len(node) != 1:
-        raise StropError(f"slot {slot!r} holds one node `method: {{fields}}`, got {node!r}")
+        raise StropError(f"slot {slot!r} holds one node `method: {{fields}}`, got {quoted(node)}")
     name, fields = next(iter(node.items()))
     kind = METHODS[slot].get(name)
     if kind is None:
         known = list(METHODS[slot])
-        raise StropError(f"unknown {slot} method {name!r}; {did_you_mean(str(name), known)}")
+        raise StropError(f"unknown {slot} method {quoted(name)}; {did_you_mean(str(name), known)}")
     fields = {} if fields is None else fields
     if not isinstance(fields, dict):
-        raise StropError(f"{slot} method {name!r} takes `field: value` pairs, got {fields!r}")
+        raise StropError(f"{slot} method {name!r} takes `field: value` pairs, got {quoted(fields)}")
     hints, known = typing.get_type_hints(kind), list(inspect.signature(kind).parameters)
     values = {}
     for key, value in fields.items():
         if key not in known:
-            raise StropError(f"{name} has no field {key!r}; {did_you_mean(str(key), known)}")
+            raise StropError(f"{name} has no field {quoted(key)}; {did_you_mean(str(key), known)}")
         hint = hints[key].type if isinstance(hints[key], dataclasses.InitVar) else hints[key]
         if isinstance(value, (dict, str)) and any(issubclass(kind, Method) for kind in _kinds(hint)):
             values[key] = _nested(slot, f"{name}.{key}", value, hint)
@@ -266,7 +267,7 @@ def _parse(slot: str, node: Any) -> Any:
     try:
         return kind(**values)
     except (ValueError, TypeError, OverflowError) as error:
-        raise StropError(f"{slot} method {name!r}: {error}") from error
+        raise StropError(f"{slot} method {name!r}: {reason(error)}") from error
 
 
 def _nested(slot: str, where: str, node: Any, hint: Any) -> Method:
@@ -288,9 +289,9 @@ def _scalar(where: str, value: Any, hint: Any) -> Any:
     allowed = _kinds(hint)
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_scalar(where, item, allowed[0]) for item in value)
-    if float in allowed and type(value) is int:
+    if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) not in allowed:
         names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
-        raise StropError(f"{where} must be {names}, got {value!r}")
+        raise StropError(f"{where} must be {names}, got {quoted(value)}")
     return value

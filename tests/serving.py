@@ -1,5 +1,6 @@
 """A tiny seeded checkpoint that chats in bytes, and servers over it, for the tests of `strop serve`."""
 
+import queue
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from strop.server.app import create_app
 from strop.server.connection import listen, server
 from strop.server.engine import Engine
 from strop.server.limits import Limits
+from strop.server.row import Row
+from strop.server.text import TextStream
 
 END = "<end>"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -81,7 +84,7 @@ def running(lm: Model, **limits: Any) -> Iterator[Engine]:
 @contextmanager
 def listening(engine: Engine) -> Iterator[socket.socket]:
     """The whole server over an engine, on a socket of 127.0.0.1."""
-    with listen("127.0.0.1", 0, engine.limits) as sock:
+    with listen(("127.0.0.1", 0), engine.limits) as sock:
         web = server(create_app(engine), engine.limits, grace=1)
         thread = threading.Thread(target=web.run, args=([sock],))
         thread.start()
@@ -105,3 +108,24 @@ def error(answer: httpx.Response, status: int) -> dict[str, Any]:
     assert found["message"] and "\n" not in found["message"] and len(found["message"]) < 300
     assert answer.headers["x-request-id"]
     return found
+
+
+def row(lm: Model, prompt: str, most: int, pieces: queue.Queue, **fields: Any) -> Row:
+    """A greedy row that tells a queue what comes, or with other fields."""
+    fields = {"draw": None, "text": TextStream(lm.tokenizer), "ends": frozenset({0})} | fields
+    return Row(prompt=lm.encode(prompt), most=most, tell=pieces.put, **fields)
+
+
+def whole(pieces: queue.Queue) -> tuple[str, str]:
+    """The text that pieces make, and why it ended."""
+    text = ""
+    while True:
+        piece = pieces.get(timeout=20)
+        text += piece.text
+        if piece.finish:
+            return text, piece.finish
+
+
+def metric(engine: Engine, name: str, **labels: str) -> float | None:
+    """The value of a metric, as Prometheus gets it; None where it is not exported."""
+    return engine.metrics.registry.get_sample_value(name, labels | {"model_name": engine.name})

@@ -3,15 +3,19 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
+import sqlite3
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
 
 from strop.core.errors import StropError
-from strop.core.files import atomic, require_folder, scratch
+from strop.core.files import atomic, require_folder, scratch, sweep
+from strop.core.store import ResultStore
 
 
 def write(temporary: Path, text: str) -> None:
@@ -41,6 +45,14 @@ def test_what_a_killed_run_left_is_swept(way, tmp_path):
         assert not left.exists()
         write(temporary, "whole")
     assert {found.name for found in tmp_path.iterdir()} <= {"name.json"}
+
+
+def test_what_was_left_of_a_whole_file_can_be_swept(tmp_path):
+    path = tmp_path / "name.json"
+    path.write_text("whole")
+    left = abandoned(path, atomic)
+    sweep(path)
+    assert not left.exists() and path.read_text() == "whole"
 
 
 @pytest.mark.parametrize("way", [atomic, scratch])
@@ -122,3 +134,19 @@ def test_a_rival_that_sweeps_too_early_is_outlived(tmp_path, monkeypatch):
     with atomic(tmp_path / "name") as temporary:
         temporary.write_text("whole")
     assert len(made) == 2 and [*tmp_path.iterdir()] == [tmp_path / "name"]
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_an_error_of_sqlite_is_told_as_a_full_disk_only_where_it_is_one(tmp_path, monkeypatch, free):
+    def refuse(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    store = ResultStore(tmp_path / "results.sqlite")
+    monkeypatch.setattr(store, "connection", SimpleNamespace(execute=refuse))
+    told = "disk I/O error" if free else "the disk is full"
+    with pytest.raises(StropError, match=f"cannot read .*: {told}"):
+        store.get("key")
+    monkeypatch.setattr(sqlite3, "connect", refuse)
+    with pytest.raises(StropError, match=rf"cannot keep results in .* \({told}\): name another folder"):
+        ResultStore(tmp_path / "other.sqlite")

@@ -30,6 +30,13 @@ def test_the_key_guards_the_api_and_nothing_else():
         assert client.get("/health").status_code == client.get("/metrics").status_code == 200
 
 
+@pytest.mark.parametrize("key", [" sesame\n", "sesame"])
+def test_blanks_around_a_key_are_not_of_it(key):
+    client = TestClient(create_app(Engine(tiny_lm(), "tiny"), key))
+    for sent in ("Bearer sesame", "bearer  sesame "):
+        assert client.get("/v1/models", headers={"authorization": sent}).status_code == 200
+
+
 def test_metrics_count_what_was_done():
     with running(tiny_lm()) as engine:
         client = TestClient(create_app(engine))

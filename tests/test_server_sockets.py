@@ -8,17 +8,26 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import openai
 import pytest
-from serving import PROMPTS, asking, listening, running, save_checkpoint, tiny_lm
+from serving import PROMPTS, asking, listening, metric, running, save_checkpoint, tiny_lm
 from typer.testing import CliRunner
 
 from strop import cli_serve
 from strop.cli import app
+from strop.core.errors import StropError
 from strop.kv import KVarN
+from strop.server import run
+from strop.server.connection import impatient
+from strop.server.engine import Engine
+from strop.server.group import Group
+from strop.server.limits import Limits
 
 LONG = {"max_tokens": 3000, "extra_body": {"ignore_eos": True}}
 
@@ -67,17 +76,32 @@ def test_the_openai_client_gets_what_generate_writes(lm):
     assert texts == lm.generate(["ab"], 20, seed=4, temperature=0.9, samples=2)
 
 
-def test_a_client_that_leaves_frees_its_place(lm):
+def test_a_client_that_leaves_frees_its_place(lm, monkeypatch):
+    """At the 50th token the model waits for the client to leave, so that nothing depends on who is faster."""
+    forward = Group._forward
     with running(lm, batch=1, queue=4) as engine, listening(engine) as sock:
+
+        def patient(group: Group) -> Any:
+            (one,) = group.rows
+            if one.tokens == 50:
+                with engine.changed:
+                    engine.changed.wait_for(lambda: one.over, 20)
+            return forward(group)
+
+        monkeypatch.setattr(Group, "_forward", patient)
         client = openai.OpenAI(base_url=url(sock), api_key="none")
         stream = client.completions.create(model="tiny", prompt="x", stream=True, **LONG)
         next(iter(stream))
         stream.close()
         client.close()
+        assert engine.wait_idle(20)
         with socket.create_connection(sock.getsockname()) as other:  # a second one leaves before its answer
             other.sendall(request(asking("x", max_tokens=3000, ignore_eos=True)))
+            with engine.changed:
+                assert engine.changed.wait_for(lambda: engine.groups and engine.groups[0].rows, 20)
         assert engine.wait_idle(20)
-        assert engine.metrics.generation_tokens._value.get() < 6000
+        assert metric(engine, "vllm:request_success_total", finished_reason="abort") == 2
+        assert metric(engine, "vllm:generation_tokens_total") <= 100
 
 
 def test_nobody_disturbs_the_others(lm):
@@ -121,6 +145,66 @@ def test_a_connection_without_a_request_is_closed(lm, sent):
         with contextlib.suppress(ConnectionResetError):
             while client.recv(1000):
                 pass  # an answer may come first; then the end, or the timeout fails the test
+
+
+def test_a_long_answer_leaves_a_kept_connection_its_time():
+    """The clock of idleness starts at the look that finds the answer whole, not at one amid it."""
+    calls: list[Any] = []
+    loop = SimpleNamespace(call_later=lambda seconds, work: calls.append((seconds, work)))
+    aborted: list[bool] = []
+    made = object.__new__(impatient(Limits(idle_s=7)))
+    made.loop, made.answered = loop, None
+    made.transport = SimpleNamespace(abort=lambda: aborted.append(True))
+    made.cycle = SimpleNamespace(response_complete=False)
+    made._look()
+    made.cycle.response_complete = True
+    made._look()
+    assert [seconds for seconds, _ in calls] == [7, 7] and not aborted
+    made._look()
+    assert aborted
+
+
+def test_the_address_that_was_checked_is_the_one_that_is_bound(monkeypatch):
+    """A name that resolves to this machine alone at first, and to all addresses later."""
+    found = ["127.0.0.1", "0.0.0.0"]
+
+    def resolve(host: str, port: int, **_: Any) -> list[Any]:
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (found.pop(0), port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    with run.bind("turncoat.invalid", 0, None, Limits()) as sock:
+        assert sock.getsockname()[0] == "127.0.0.1"
+    with pytest.raises(StropError, match="STROP_API_KEY"):
+        run.bind("turncoat.invalid", 0, None, Limits())
+
+
+def test_a_server_whose_engine_fails_ends_with_1(folder, monkeypatch):
+    """The failure is outside of what is guarded, and comes while a client waits."""
+    answers: list[int] = []
+
+    def ask(facts: dict[str, Any]) -> None:
+        def post() -> None:
+            answers.append(httpx.post(facts["url"] + "/completions", json=body, timeout=30).status_code)
+
+        body = asking("x", max_tokens=50) | {"model": facts["model"]}
+        clients.append(threading.Thread(target=post))
+        clients[0].start()
+
+    def broken(engine: Engine) -> None:
+        raise RuntimeError("a bug\nof ours")
+
+    clients: list[threading.Thread] = []
+    monkeypatch.setattr(Engine, "_count", broken)
+    monkeypatch.setattr(cli_serve, "_announce", lambda as_json: ask)
+    late = threading.Timer(30, os.kill, (os.getpid(), signal.SIGTERM))
+    late.start()
+    result = CliRunner().invoke(app, ["serve", str(folder), "--port", "0"], env={"STROP_API_KEY": ""})
+    assert not late.finished.is_set()
+    late.cancel()
+    clients[0].join(30)
+    assert result.exit_code == 1 and answers == [500]
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("strop: the engine failed") and "RuntimeError: a bug of ours" in last
 
 
 def test_more_connections_than_the_limit_are_told_or_closed(lm):
@@ -183,7 +267,8 @@ def test_mistakes_end_in_one_sentence(folder, tmp_path, monkeypatch):
         assert "in use" in refused(folder, "--port", taken.getsockname()[1])
     assert "STROP_API_KEY" in refused(folder, "--host", "0.0.0.0")
     assert "no address" in refused(folder, "--host", "x" * 70)
-    assert "API key" in refused(folder, "--api-key", "  ")
+    for key in ("  ", "é", "two\nlines"):
+        assert "API key" in refused(folder, "--api-key", key)
     assert "--queue" in refused(folder, "--port", 0, "--queue", 4)
     assert "no model" in refused(tmp_path / "nothing", "--port", 0)
     recipe = tmp_path / "recipe.yaml"

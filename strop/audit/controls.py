@@ -4,7 +4,6 @@ Changes of weights are made on copies that share all other tensors, and concern 
 caller names. Left out: structured pruning, noise that knows the activations.
 """
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.audit.sae import SAE
 from strop.audit.survival import DAMAGED, SURVIVED
+from strop.core.hooks import shared
 from strop.core.sampling import keyed_generator, keyed_normal
 
 Layers = Callable[[PreTrainedModel], Mapping[str, nn.Module]]
@@ -30,12 +30,6 @@ MOST = 0.95
 """Largest share of weights that is pruned."""
 TOLERANCE = 0.01
 """Relative difference of perplexity up to which two changes cost the same."""
-
-
-def shared(model: PreTrainedModel) -> PreTrainedModel:
-    """The model's modules once more, around the same tensors."""
-    tensors = (*model.parameters(), *model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def matrices(model: PreTrainedModel, layers: Layers) -> dict[str, Tensor]:

@@ -114,7 +114,8 @@ def _shards(path: Path) -> tuple[Path, ...]:
         raise StropError(f"{index} is not a valid shard index: restore the original file") from error
     missing = sorted(wanted - {shard.name for shard in present})
     if missing:
-        raise StropError(f"{path} lacks {len(missing)} shard(s), first {quoted(missing[0])}: download it again")
+        first = quoted(missing[0])
+        raise StropError(f"{path} lacks {len(missing)} shard(s), first {first}: download it again")
     return tuple(shard for shard in present if shard.name in wanted)
 
 
@@ -144,7 +145,8 @@ def _require_layers(path: Path, config: dict, weights: int) -> None:
     told = [part[key] for part in parts for key in LAYERS if type(part.get(key)) is int]
     if max(told, default=0) > weights:
         raise StropError(
-            f"{path} has {quoted(max(told))} layers by config.json and {weights} weights: restore the original files"
+            f"{path} has {quoted(max(told))} layers by config.json and {weights} weights: restore the "
+            "original files"
         )
 
 

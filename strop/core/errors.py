@@ -4,6 +4,8 @@ from typing import Any
 
 QUOTED, REASON = 100, 300
 """Most characters of a value, and of another error, in a sentence."""
+UNREAD = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+"""What PyYAML raises, besides its own, where a value is not of the type that its tag says."""
 
 
 class StropError(Exception):

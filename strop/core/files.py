@@ -50,15 +50,20 @@ def scratch(path: Path) -> Iterator[Path]:
     It is locked for as long as its owner lives, where the file system has locks; what killed processes of
     this machine left of the same path goes first.
     """
-    for other in path.parent.iterdir():
-        if other.name.startswith(_prefix(path)) and is_part_of(other, path):
-            _sweep(other)
+    sweep(path)
     handle, folder = _claimed(path)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(handle)
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed processes of this machine left of `path`, which may be whole by now."""
+    for other in path.parent.iterdir():
+        if other.name.startswith(_prefix(path)) and is_part_of(other, path):
+            _sweep(other)
 
 
 def is_part_of(temporary: Path, path: Path) -> bool:

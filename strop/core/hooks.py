@@ -1,5 +1,6 @@
-"""Looking inside a model that others wrote: hooks that always detach."""
+"""Looking inside a model of others: hooks that always detach, its layers, copies that share its weights."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -41,3 +42,9 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
             "and draft with ngram or a small language model"
         )
     return found[0]
+
+
+def shared(model: PreTrainedModel) -> PreTrainedModel:
+    """The model's modules once more, around the same tensors: some can be swapped, none is held twice."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

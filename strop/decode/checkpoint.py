@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from strop.core.errors import StropError
+from strop.core.errors import StropError, quoted, reason
 from strop.core.files import atomic
 from strop.decode.dflash import DFlashDrafter, DFlashNet, default_taps
 from strop.decode.treeflash import Approximator, TreeFlashDrafter
@@ -125,7 +125,7 @@ def _bound(
     approximator = _filled(Approximator(config), correction, folder).to(target.device, target.dtype)
     rows = getattr(config, "treeflash_config", {}).get("rows", ROWS)
     if type(rows) is not int or rows < 1:
-        raise ValueError(f"rows of treeflash_config must be a number from 1 on, got {rows!r}")
+        raise ValueError(f"rows of treeflash_config must be a number from 1 on, got {quoted(rows)}")
     return TreeFlashDrafter(net, approximator, target, rows)
 
 
@@ -133,10 +133,9 @@ def _filled(module: Any, tensors: Mapping[str, Tensor], folder: Path) -> Any:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
         raise StropError(
-            f"{folder}: the weights do not fit sizes, layers and target_layer_ids of config.json ({reason}): "
-            "restore the original files"
+            f"{folder}: the weights do not fit sizes, layers and target_layer_ids of config.json "
+            f"({reason(error)}): restore the original files"
         ) from error
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
@@ -151,7 +150,9 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     try:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
     except (SafetensorError, OSError) as error:
-        raise StropError(f"{folder} holds a damaged safetensors file ({error}): download it again") from error
+        raise StropError(
+            f"{folder} holds a damaged safetensors file ({reason(error)}): download it again"
+        ) from error
 
 
 def _config(folder: Path, target: PreTrainedModel, weights: int) -> Qwen3Config:
@@ -175,8 +176,8 @@ def _config(folder: Path, target: PreTrainedModel, weights: int) -> Qwen3Config:
         raise StropError(f"cannot read {folder / 'config.json'}: {error.strerror}") from error
     except Exception as error:  # transformers' config classes raise many kinds for a broken file
         raise StropError(
-            f"{folder / 'config.json'} is not a DFlash drafter's ({type(error).__name__}: {error}): it needs "
-            "block_size, num_target_layers and dflash_config with mask_token_id"
+            f"{folder / 'config.json'} is not a DFlash drafter's ({type(error).__name__}: {reason(error)}): "
+            "it needs block_size, num_target_layers and dflash_config with mask_token_id"
         ) from error
     _require_fits(config, target, folder)
     return config

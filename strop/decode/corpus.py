@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from strop.core.errors import StropError
-from strop.core.files import atomic, digest
+from strop.core.files import atomic, digest, sweep
 from strop.decode.checkpoint import fingerprint
 
 Report = Callable[[str, float], None]
@@ -118,7 +118,9 @@ def regenerate(
     parts, batches = [], -(-shape.rows // shape.batch)
     for number in range(batches):
         file = folder / f"rows-{name}-{number}.safetensors"
-        if not file.exists():
+        if file.exists():
+            sweep(file)
+        else:
             report("target writes", number / batches)
             with atomic(file) as temporary:
                 save_file(_batch(target, long_enough, shape, number), temporary)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import nnls
 
-from strop.core.errors import StropError
+from strop.core.errors import StropError, quoted, reason
 from strop.core.files import atomic, digest
 
 Profile = Mapping[int, Mapping[int, float]]
@@ -125,16 +125,16 @@ class CostModel:
         try:
             model = cls._from_dict(json.loads(path.read_text()))
             model._require_convex()
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
             raise StropError(
-                f"cannot read the cost model in {path} ({error}): delete it, and measure again"
+                f"cannot read the cost model in {path} ({reason(error)}): delete it, and measure again"
             ) from error
         return model
 
     @classmethod
     def _from_dict(cls, data: dict[str, Any]) -> "CostModel":
         if data["strop"] != 1:
-            raise ValueError(f"format {data['strop']!r} is not known")
+            raise ValueError(f"format {quoted(data['strop'])} is not known")
         curves = {
             int(context): {int(tokens): float(seconds) for tokens, seconds in curve.items()}
             for context, curve in data["curves"].items()

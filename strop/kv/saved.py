@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from strop.core.cache import AttendingLayer, KVCache
-from strop.core.errors import StropError
+from strop.core.errors import StropError, reason
 from strop.core.files import atomic
 from strop.core.method import Method
 from strop.kv.base import KVMethod, KVShape
@@ -58,7 +58,7 @@ def load_cache(
             _require_match(path, metadata, _identity(method, config))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise StropError(f"cannot read a cache from {path}: {' '.join(str(error).split())}") from error
+        raise StropError(f"cannot read a cache from {path}: {reason(error)}") from error
     cache = method.new_cache(config)
     try:
         for index, layer in enumerate(cache.layers):

@@ -12,7 +12,6 @@ from pathlib import Path
 from strop.core.errors import StropError, quoted
 from strop.core.files import did_you_mean
 
-
 CONFIGS = ("config.json", "cfg.json")
 """What a folder is known by; the second is of a sparse autoencoder."""
 
@@ -28,7 +27,7 @@ def zoo_root() -> Path:
 
 
 def zoo_names() -> list[str]:
-    """Names of what is there, sorted: folders of models, drafters or autoencoders, with a config and weights."""
+    """Names of what is there, sorted: folders with weights and a config, a model's or an autoencoder's."""
     found = (p for p in zoo_root().iterdir() if any((p / name).is_file() for name in CONFIGS))
     return sorted(p.name for p in found if any(p.glob("*.safetensors")))
 
@@ -38,7 +37,8 @@ def zoo_path(name: str) -> Path:
     names = zoo_names()
     if name in names:
         return zoo_root() / name
-    raise StropError(f"no bundled model is called {quoted(name)} in {zoo_root()}; {did_you_mean(name, names)}")
+    known = did_you_mean(name, names)
+    raise StropError(f"no bundled model is called {quoted(name)} in {zoo_root()}; {known}")
 
 
 def card(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria
+from transformers import Cache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from strop.decode.stats import Stats
@@ -41,8 +41,8 @@ def needs_generate(lm: Model) -> bool:
     return lm.recipe.decode is not None or any(value and value != neutral for value, neutral in settings)
 
 
-def write_alone(lm: Model, row: Row) -> Stats | None:
-    """Write a row to its end, or until it is cancelled; what its drafts brought, if any."""
+def write_alone(lm: Model, row: Row, cache: Cache) -> Stats | None:
+    """Write a row until it is over or `generate` ends, which may come first; what drafts brought, if any."""
     ids = torch.tensor([row.prompt], device=lm.device)
     listener, decoding = _Listener(row), dict(lm.decoding)
     drafted = decoding.get("custom_generate")
@@ -51,7 +51,7 @@ def write_alone(lm: Model, row: Row) -> Stats | None:
     lm.model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=lm.new_cache(),
+        past_key_values=cache,
         max_new_tokens=row.most,
         logits_processor=[] if row.draw is None else [Drawing(row.draw)],
         stopping_criteria=[_Over(row)],
@@ -73,9 +73,7 @@ class _Listener(BaseStreamer):
 
     def put(self, value: Tensor) -> None:
         if self.begun:
-            for token in value.flatten().tolist():
-                if not self.row.over:
-                    self.row.take(token)
+            self.row.take(value.flatten().tolist())
         self.begun = True
 
     def end(self) -> None:

@@ -25,7 +25,6 @@ from strop.server.protocol import (
     ModelList,
     Refused,
     Settings,
-    parse,
 )
 
 JSON = "application/json"
@@ -66,7 +65,7 @@ class _Handlers:
         return await self._answer(request, ChatRequest)
 
     async def _answer(self, request: Request, kind: type[Settings]) -> ASGIApp:
-        asked = parse(kind, await read_body(request, self.engine.limits))
+        asked = await self.reader.parse(kind, await read_body(request, self.engine.limits))
         return Reply(Call(self.reader, asked, await self.reader.read(asked)))
 
     async def models(self, request: Request) -> Response:

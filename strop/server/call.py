@@ -1,12 +1,12 @@
 """A request on its way through the engine: its rows, and the pieces that come back for them."""
 
 import asyncio
-import contextlib
 import secrets
-import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 from uuid import uuid4
 
 from jinja2 import TemplateError
@@ -14,14 +14,17 @@ from jinja2 import TemplateError
 from strop.core.errors import StropError
 from strop.server.draw import Draw
 from strop.server.engine import Busy, Closed, Engine
-from strop.server.protocol import ChatRequest, CompletionRequest, Refused
+from strop.server.protocol import ChatRequest, CompletionRequest, Refused, Settings, parse
 from strop.server.row import Piece, Row
 from strop.server.text import TextStream
 
 SHORT = 16
 """Tokens that a completion writes where the request does not say, as with OpenAI."""
 RETRY_S = 1
+GREEDY = 1e-5
+"""A temperature below this takes the likeliest token: scores divided by less leave float32."""
 Asked = CompletionRequest | ChatRequest
+Done = TypeVar("Done")
 
 
 class Reader:
@@ -34,7 +37,11 @@ class Reader:
         ends = self.lm.tokenizer.eos_token_id if ends is None else ends
         listed = ends if isinstance(ends, list) else [ends]
         self.ends = frozenset(token for token in listed if token is not None)
-        self.one_at_a_time = threading.Lock()
+        self.worker = ThreadPoolExecutor(1, "strop-reader")
+
+    async def parse(self, kind: type[Settings], data: bytes) -> Asked:
+        """The request that a body holds. Raises Refused."""
+        return await self._apart(partial(parse, kind, data))
 
     async def read(self, asked: Asked) -> list[list[int]]:
         """The token ids of each prompt. Raises Refused for what cannot be served."""
@@ -52,7 +59,7 @@ class Reader:
             )
         if asked.stream_options is not None and not asked.stream:
             raise Refused(400, "stream_options needs stream: leave it out", param="stream_options")
-        prompts = await asyncio.to_thread(self._encode, asked)
+        prompts = await self._apart(partial(self._encode, asked))
         for ids in prompts:
             self._require_fits(ids, asked)
         return prompts
@@ -65,14 +72,17 @@ class Reader:
         samples, rows = asked.n or 1, []
         for index in range(len(prompts) * samples):
             ids, sample = prompts[index // samples], index % samples
-            draw = Draw(seed, sample, temperature, top_p) if temperature else None
+            draw = Draw(seed, sample, temperature, top_p) if temperature >= GREEDY else None
             text = TextStream(self.lm.tokenizer, asked.stops)
             ends = frozenset() if asked.ignore_eos else self.ends
             rows.append(Row(ids, self._most(ids, asked), draw, text, ends, partial(call.put, index)))
         return rows
 
+    async def _apart(self, work: Callable[[], Done]) -> Done:
+        """What work returns, done in a thread, one request after the other: a long body takes a while."""
+        return await asyncio.get_running_loop().run_in_executor(self.worker, work)
+
     def _encode(self, asked: Asked) -> list[list[int]]:
-        """In a thread of its own, one request after the other: a long prompt takes a while."""
         name = "messages" if isinstance(asked, ChatRequest) else "prompt"
         if isinstance(asked, ChatRequest):
             if not self.lm.tokenizer.chat_template:
@@ -86,8 +96,7 @@ class Reader:
         else:
             prompts = asked.prompts
         try:
-            with self.one_at_a_time:
-                return [self._ids(prompt) for prompt in prompts]
+            return [self._ids(prompt) for prompt in prompts]
         except StropError as error:
             raise Refused(400, str(error), param=name) from error
         except (TemplateError, TypeError, ValueError) as error:
@@ -96,8 +105,9 @@ class Reader:
 
     def _ids(self, prompt: str | list) -> list[int]:
         if not isinstance(prompt, str) and isinstance(prompt[0], int):
-            if max(prompt) >= self.lm.vocabulary:
-                raise StropError(f"token {max(prompt)} is beyond the model's {self.lm.vocabulary}")
+            if (token := max(prompt)) >= self.lm.vocabulary:
+                named = f"token {token}" if token < 1 << 63 else "a token of 19 digits or more"
+                raise StropError(f"{named} is beyond the model's {self.lm.vocabulary}")
             return prompt
         return self.lm.encode(prompt)
 
@@ -171,5 +181,4 @@ class Call:
 
     def cancel(self) -> None:
         """Give up what is not written yet."""
-        with contextlib.suppress(Closed):
-            self.engine.cancel(self.rows)
+        self.engine.cancel(self.rows)

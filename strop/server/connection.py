@@ -1,6 +1,7 @@
 """uvicorn's connections, made impatient, and its server, made to end with exit code 0."""
 
 import contextlib
+import math
 import signal
 import socket
 import threading
@@ -25,7 +26,7 @@ def impatient(limits: Limits) -> type[H11Protocol]:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.answered: Any = None
+            self.answered: Any = None  # the last request that had its answer when it looked; self: none had
             self.look = self.loop.call_later(limits.idle_s, self._look)
             if len(self.connections) > limits.connections + SPARE:
                 transport.abort()
@@ -40,7 +41,7 @@ def impatient(limits: Limits) -> type[H11Protocol]:
             if idle and cycle is self.answered:
                 self.transport.abort()
                 return
-            self.answered = cycle
+            self.answered = cycle if idle else self
             self.look = self.loop.call_later(limits.idle_s, self._look)
 
     return Impatient
@@ -63,9 +64,13 @@ class Server(uvicorn.Server):
             for sign, handler in before.items():
                 signal.signal(sign, handler)
 
+    def end(self) -> None:
+        """Stop soon; may be called in any thread."""
+        self.should_exit = True
+
     def _end(self, *_: Any) -> None:
         self.force_exit = self.should_exit
-        self.should_exit = True
+        self.end()
 
 
 def server(app: ASGIApp, limits: Limits, grace: int) -> Server:
@@ -77,7 +82,7 @@ def server(app: ASGIApp, limits: Limits, grace: int) -> Server:
         loop="asyncio",
         lifespan="off",
         limit_concurrency=limits.connections,
-        timeout_keep_alive=int(limits.idle_s),
+        timeout_keep_alive=math.ceil(limits.idle_s),
         timeout_graceful_shutdown=grace,
         log_config=None,
         log_level="critical",
@@ -88,10 +93,10 @@ def server(app: ASGIApp, limits: Limits, grace: int) -> Server:
     return Server(config)
 
 
-def listen(host: str, port: int, limits: Limits) -> socket.socket:
-    """A listening socket; what its clients do not take is given up after a while."""
-    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-    sock = socket.create_server((host, port), family=family, backlog=limits.connections)
+def listen(address: tuple[Any, ...], limits: Limits) -> socket.socket:
+    """A socket that listens on a numeric address; what its clients do not take is given up after a while."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    sock = socket.create_server(address, family=family, backlog=limits.connections)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * limits.send_s))
     return sock

@@ -1,6 +1,6 @@
 """How a sequence's next token is chosen: the draws of `strop.Model.generate`, with settings for each row.
 
-The noise is a function of (seed, sample, position, token), so what shares the batch changes nothing.
+The noise is a function of (seed, sample, position, token): it is the same whatever shares the batch.
 """
 
 from dataclasses import dataclass

@@ -11,9 +11,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
+from transformers import Cache
 
+from strop.core.cache import tensor_bytes
 from strop.core.errors import StropError
 from strop.model import Model
 from strop.server.alone import needs_generate, write_alone
@@ -52,12 +55,18 @@ class Engine:
         self.lm, self.name, self.limits = lm, name, limits or Limits()
         self.alone = needs_generate(lm)
         self.together = divisible(lm.new_cache())
-        self.metrics = Metrics(name, drafts=lm.recipe.decode is not None)
+        self.metrics = Metrics(name, drafts="custom_generate" in lm.decoding)
         self.changed = threading.Condition()
         self.waiting: deque[Row] = deque()
         self.groups: list[Group] = []
-        self.single: Row | None = None
+        self.started: list[Row] = []
+        """Rows that have a place and no group."""
+        self.cache: Cache | None = None
+        """The cache of a row that is written alone."""
         self.closing = self.stopped = False
+        self.failure: Exception | None = None
+        """What ended the thread, where it was not asked to end."""
+        self.ended: Callable[[], None] = lambda: None
         self.cache_bytes, self.counted = 0, 0.0
         self.thread = threading.Thread(target=self._run, name="strop-engine", daemon=True)
         watched = self.metrics.watch
@@ -65,8 +74,9 @@ class Engine:
         watched("vllm:num_requests_waiting", "Sequences that wait.", lambda: len(self.waiting))
         watched("strop:kv_cache_bytes", "Bytes of all caches.", lambda: self.cache_bytes)
 
-    def start(self) -> None:
-        """Start the thread."""
+    def start(self, ended: Callable[[], None] = lambda: None) -> None:
+        """Start the thread, which calls `ended` when it ends."""
+        self.ended = ended
         self.thread.start()
 
     @property
@@ -77,7 +87,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Rows that have a place."""
-        return sum(len(group.rows) for group in list(self.groups)) + (self.single is not None)
+        return sum(len(group.rows) for group in list(self.groups)) + len(self.started)
 
     def submit(self, rows: Sequence[Row]) -> None:
         """Let rows wait for their turn, all or none. Raises Busy or Closed."""
@@ -87,7 +97,7 @@ class Engine:
             if len(self.waiting) + len(rows) > self.limits.queue:
                 raise Busy
             for row in rows:
-                row.note = self._note
+                row.note, row.ended = self._note, self.metrics.end
             self.waiting.extend(rows)
             self.changed.notify_all()
 
@@ -95,10 +105,8 @@ class Engine:
         """Give up rows: those that wait leave at once, those that run before their next token."""
         with self.changed:
             for row in rows:
-                if not row.over:
-                    row.cancelled = True
-                    self.metrics.end("abort")
-            self.waiting = deque(row for row in self.waiting if not row.cancelled)
+                row.cancel()
+            self.waiting = deque(row for row in self.waiting if not row.over)
             self.changed.notify_all()
 
     def wait_idle(self, seconds: float) -> bool:
@@ -111,14 +119,18 @@ class Engine:
         with self.changed:
             self.closing = True
         self.wait_idle(grace)
-        self.cancel([*self.waiting, *(row for group in list(self.groups) for row in group.rows)])
-        if (single := self.single) is not None:
-            self.cancel([single])
         with self.changed:
+            self._end_all("abort")
             self.stopped = True
             self.changed.notify_all()
         if self.thread.is_alive():
             self.thread.join()
+
+    def _end_all(self, reason: Literal["error", "abort"]) -> None:
+        """Tell every row that is not over that the server stopped."""
+        for row in [*self.waiting, *self.started, *(row for group in self.groups for row in group.rows)]:
+            row.fail("the server stopped", reason)
+        self.waiting.clear()
 
     # In the engine's thread.
 
@@ -126,13 +138,15 @@ class Engine:
     def _run(self) -> None:
         try:
             self._serve()
-        finally:
-            with self.changed:
-                self.closing = True
-                left = [*self.waiting, *(row for group in self.groups for row in group.rows)]
-            for row in left:
-                if not row.over:
-                    row.fail("the server stopped")
+        except Exception as error:
+            log.error("the engine failed", exc_info=error)
+            self.failure = error
+        with self.changed:
+            self.closing = True
+            self._end_all("error")
+            self.started, self.groups = [], []
+            self.changed.notify_all()
+        self.ended()
 
     def _serve(self) -> None:
         while self._wait():
@@ -143,6 +157,7 @@ class Engine:
                     self._guard([row], partial(self._write, row))
             elif fresh:
                 self._guard(fresh, partial(self._open, fresh))
+            self.started = []
             for group in list(self.groups):
                 self._step(group)
             self._count()
@@ -163,12 +178,14 @@ class Engine:
             most = free if self.together and not self.alone else 1
             chosen = _alike(self.waiting, most)
             self.waiting = deque(row for row in self.waiting if row not in chosen)
-            if self.alone:
-                self.single = chosen[0]
+            self.started = chosen
             return chosen
 
     def _open(self, rows: list[Row]) -> None:
-        self.groups.append(Group(self.lm, rows))
+        group = Group(self.lm, rows)
+        with self.changed:
+            self.groups.append(group)
+            self.started = []
 
     def _step(self, group: Group) -> None:
         """One token for every row of a group."""
@@ -180,13 +197,18 @@ class Engine:
 
     def _write(self, row: Row) -> None:
         """A whole row that cannot share a step."""
+        self.cache, self.counted = self.lm.new_cache(), 0.0
         try:
-            stats = write_alone(self.lm, row)
+            stats = write_alone(self.lm, row, self.cache)
         finally:
-            with self.changed:
-                self.single = None
+            self.cache = None
         if stats is not None:
             self.metrics.drafted(stats)
+        if not row.over:
+            raise StropError(
+                "the text was cut off: the model's generation config ends texts early, by max_time say; take "
+                "that out of generation_config.json"
+            )
 
     def _guard(self, rows: Sequence[Row], work: Callable[[], None]) -> bool:
         """Work for some rows; a failure ends these and no others. Whether it went well."""
@@ -195,29 +217,30 @@ class Engine:
         except Exception as error:
             sentence = _sentence(error)
             for row in rows:
-                if not row.over:
-                    row.fail(sentence)
-                    self.metrics.end("error")
+                row.fail(sentence)
             return False
         return True
 
-    def _note(self, row: Row) -> None:
-        """Measure a row's newest token."""
+    def _note(self, row: Row, count: int) -> None:
+        """Measure the new tokens of a row's step; latencies are of steps, as vLLM's are of its outputs."""
         now, metrics = time.perf_counter(), self.metrics
-        metrics.generation_tokens.inc()
+        metrics.generation_tokens.inc(count)
         if row.latest:
             metrics.between_tokens.observe(now - row.latest)
         else:
             metrics.first_token.observe(now - row.arrived)
         row.latest = now
-        if row.finish is not None:
+        if row.finish in ("stop", "length"):
             metrics.whole.observe(now - row.arrived)
-            metrics.end(row.finish)
+        if self.alone:
+            self._count()
 
     def _count(self) -> None:
-        now = time.perf_counter()
-        if not self.groups or now - self.counted > COUNT_S:
-            self.cache_bytes, self.counted = sum(group.bytes() for group in self.groups), now
+        """Count what the caches hold, now and then."""
+        now, idle = time.perf_counter(), not self.groups and self.cache is None
+        if idle or now - self.counted > COUNT_S:
+            alone = 0 if self.cache is None else tensor_bytes(self.cache.layers)
+            self.cache_bytes, self.counted = alone + sum(group.bytes() for group in self.groups), now
 
 
 def _alike(waiting: deque[Row], most: int) -> list[Row]:

@@ -24,7 +24,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, limits: Limits, metrics: Metrics, api_key: str | None) -> None:
         self.app, self.limits, self.metrics = app, limits, metrics
-        self.key = None if api_key is None else api_key.encode()
+        self.key = None if api_key is None else api_key.strip().encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -1,7 +1,7 @@
 """Rows that share a cache: read together, padded on the left, then written a token a step.
 
-What is computed for a row is what `strop.Model.generate` computes for its prompt alone; a row that is done
-or cancelled leaves the cache at once.
+What is computed for a row is what `strop.Model.generate` computes for its prompt alone, but for rounding: in
+float32 the tokens are the same. A row that is done or cancelled leaves the cache at once.
 """
 
 import inspect
@@ -38,7 +38,7 @@ class Group:
             return
         tokens = self._choose(self._forward())
         for row, token in zip(self.rows, tokens, strict=True):
-            row.take(token)
+            row.take([token])
         self.ids = torch.tensor(tokens, device=self.ids.device)[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         self._keep([i for i, row in enumerate(self.rows) if not row.over])

@@ -17,13 +17,13 @@ class Metrics:
     """The counters of one server."""
 
     def __init__(self, model: str, drafts: bool) -> None:
-        """`model` is the name that clients use; counters of drafts exist where the recipe `drafts`."""
+        """`model` is the name that clients use; counters of drafts exist where strop `drafts`."""
         self.registry, self.model = CollectorRegistry(), model
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens read.")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens written.")
         self.first_token = self._histogram("vllm:time_to_first_token_seconds", "From arrival.", FIRST)
         self.between_tokens = self._histogram(
-            "vllm:inter_token_latency_seconds", "From token to token.", BETWEEN
+            "vllm:inter_token_latency_seconds", "From step to step of a text.", BETWEEN
         )
         self.whole = self._histogram("vllm:e2e_request_latency_seconds", "From arrival to the end.", WHOLE)
         self.ended = Counter(

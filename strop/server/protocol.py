@@ -6,10 +6,14 @@ field that it does not know, is refused by name.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, core_schema
 
 STOPS = 16
+MANY = 4096
+"""Most prompts, messages, and parts of a message."""
+FIELDS = 64
+"""Most fields of an object; each that is unknown takes an error."""
 NAME_LENGTH = 64
 
 
@@ -36,13 +40,24 @@ def _kinds(value: Any) -> tuple[type, ...]:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+SOME: Any = Field(min_length=1, max_length=MANY, fail_fast=True)
+"""What lists are held to. They end at the first error: one an element would take a gigabyte."""
 
 
 class Body(BaseModel):
     """Strict JSON."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise PydanticCustomError("not_object", "Input should be an object")
+        if len(value) > FIELDS:
+            raise PydanticCustomError("too_many_fields", "it has too many fields")
+        return value
 
 
 class StreamOptions(Body):
@@ -62,7 +77,7 @@ class Settings(Body):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=STOPS, fail_fast=True)] | None = None
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -91,7 +106,7 @@ class Settings(Body):
 class CompletionRequest(Settings):
     """POST /v1/completions."""
 
-    prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
+    prompt: str | Ids | Annotated[list[str], SOME] | Annotated[list[Ids], SOME]
 
     echo: Annotated[Any, Only(False)] = None
     suffix: Annotated[Any, Only("")] = None
@@ -116,7 +131,7 @@ class Message(Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], SOME]
     name: str | None = None
 
     def to_dict(self) -> dict[str, str]:
@@ -129,7 +144,7 @@ class Message(Body):
 class ChatRequest(Settings):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], SOME]
     max_completion_tokens: int | None = Field(None, ge=1)
 
     logprobs: Annotated[Any, Only(False)] = None
@@ -273,7 +288,7 @@ def parse(kind: type[Settings], data: bytes) -> Any:
     if first["type"] == "not_served":
         problem = first["msg"]
     elif name == "prompt":
-        problem = "must be text, a list of texts, a list of token ids, or a list of such lists; none empty"
+        problem = f"must be text, token ids, or a list of at most {MANY} texts or lists of ids; none empty"
     elif name == "stop":
         problem = f"must be text or a list of at most {STOPS} texts, of 1 to 256 characters each"
     elif len(where) > 1:

@@ -1,7 +1,8 @@
 """One sequence that a request asks for, from the queue to its last token."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -35,47 +36,75 @@ class Row:
     """Tokens that end the text."""
     tell: Callable[[Piece], None]
     """Hears each piece; called in the engine's thread."""
-    note: Callable[["Row"], None] = lambda row: None
-    """Measures each token; the engine's."""
-    cancelled: bool = False
-    finish: Finish | None = None
+    note: Callable[["Row", int], None] = lambda row, count: None
+    """Measures so many new tokens of one step; the engine's."""
+    ended: Callable[[str], None] = lambda reason: None
+    """Counts why the row ended, once; the engine's."""
+    finish: Finish | Literal["abort"] | None = None
+    """Why it ended; "abort" where nobody waits for it any more."""
     tokens: int = 0
     arrived: float = field(default_factory=time.perf_counter)
     latest: float = 0.0
     """When the newest token came."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held where the row may end: the engine's thread finishes what the event loop gives up."""
 
     @property
     def over(self) -> bool:
         """Whether nothing more is to be written."""
-        return self.cancelled or self.finish is not None
+        return self.finish is not None
 
     @property
     def position(self) -> int:
         """Where the next token goes."""
         return len(self.prompt) + self.tokens
 
-    def take(self, token: int) -> None:
-        """Write one token."""
-        self.tokens += 1
-        text = self.text.add(token)
-        if self.text.stopped or token in self.ends:
-            self.finish = "stop"
-        elif self.tokens >= self.most:
-            self.finish = "length"
-        if self.finish is not None and not self.text.stopped:
+    def take(self, tokens: Sequence[int]) -> None:
+        """Write the tokens of a step, up to one that ends the row; nothing where it is over."""
+        if self.over:
+            return
+        text, finish, count = "", None, 0
+        while finish is None and count < len(tokens):
+            token, count = tokens[count], count + 1
+            text += self.text.add(token)
+            finish = self._finish(token, count)
+        if finish is not None and not self.text.stopped:
             text += self.text.end()
-            self.finish = "stop" if self.text.stopped else self.finish
-        self.note(self)
-        if text or self.finish is not None:
-            self._tell(Piece(text, self.tokens, self.finish))
+            finish = "stop" if self.text.stopped else finish
+        if not self._add(count, finish):
+            return
+        self.note(self, count)
+        if text or finish is not None:
+            self._tell(Piece(text, self.tokens, finish))
 
-    def fail(self, sentence: str) -> None:
+    def cancel(self) -> None:
+        """Give the row up."""
+        self._add(0, "abort")
+
+    def fail(self, sentence: str, reason: Literal["error", "abort"] = "error") -> None:
         """Say that no more will come, and why."""
-        self.finish = "error"
-        self._tell(Piece(sentence, self.tokens, "error"))
+        if self._add(0, reason):
+            self._tell(Piece(sentence, self.tokens, "error"))
+
+    def _finish(self, token: int, count: int) -> Finish | None:
+        """Why the newest of `count` tokens ends the row, if it does."""
+        if self.text.stopped or token in self.ends:
+            return "stop"
+        return "length" if self.tokens + count >= self.most else None
+
+    def _add(self, count: int, finish: Finish | Literal["abort"] | None) -> bool:
+        """Add tokens, or the end, or both, unless the row is over; whether it was not."""
+        with self.lock:
+            if self.over:
+                return False
+            self.tokens += count
+            self.finish = finish
+        if finish is not None:
+            self.ended(finish)
+        return True
 
     def _tell(self, piece: Piece) -> None:
         try:
             self.tell(piece)
         except RuntimeError:  # the event loop that listened is closed
-            self.cancelled = True
+            self.cancel()

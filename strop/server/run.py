@@ -24,16 +24,16 @@ Report = Callable[[str, float], None]
 def bind(host: str, port: int, api_key: str | None, limits: Limits) -> socket.socket:
     """The socket to serve on. Raises StropError for a port that is taken, or a host open to others."""
     try:
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4]
     except (OSError, UnicodeError) as error:
         raise StropError(f"there is no address {host!r}: give --host an address of this machine") from error
-    if api_key is None and not ipaddress.ip_address(str(address).partition("%")[0]).is_loopback:
+    if api_key is None and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
         raise StropError(
             f"{host} can be reached from other machines: give --api-key, set STROP_API_KEY, or leave --host "
             "out"
         )
     try:
-        return listen(host, port, limits)
+        return listen(address, limits)
     except OSError as error:
         why = os.strerror(error.errno or 0)
         raise StropError(
@@ -99,15 +99,23 @@ def run(
     api_key: str | None,
     grace: int,
     say: Callable[[dict[str, Any]], None],
-) -> None:
-    """Serve until a signal to stop comes; `say` hears what is served once it is."""
+) -> str | None:
+    """Serve until a signal to stop comes; `say` hears what is served once it is.
+
+    Where the engine failed and the server ended for that, why.
+    """
     engine = Engine(lm, _name(source), limits)
-    engine.start()
+    web = server(create_app(engine, api_key), limits, grace)
+    engine.start(ended=web.end)
     try:
         say(about(_name(source), lm, sock, engine))
-        asyncio.run(server(create_app(engine, api_key), limits, grace).serve([sock]))
+        asyncio.run(web.serve([sock]))
     finally:
         engine.close()
+    if engine.failure is None:
+        return None
+    said = " ".join(f"{type(engine.failure).__name__}: {engine.failure}".split())
+    return f"the engine failed, and the server with it ({said[:200]}): the log above says where"
 
 
 def _name(source: str) -> str:

@@ -11,7 +11,11 @@ PATIENCE = 16
 
 
 class TextStream:
-    """Turns tokens into text piece by piece; the pieces joined are what decoding all at once gives."""
+    """Turns tokens into text piece by piece.
+
+    The pieces joined are what decoding all at once gives, unless `PATIENCE` tokens in a row are bytes of no
+    character: these are written in parts, whose marks for what cannot be read may differ in number.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, stops
@@ -47,10 +51,10 @@ class TextStream:
     def _pass(self, text: str) -> str:
         """What of the text held and new can be told."""
         text = self.held + text
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
         if found:
             self.stopped, self.held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max((_overlap(text, stop) for stop in self.stops), default=0)
         self.held = text[len(text) - keep :]
         return text[: len(text) - keep]

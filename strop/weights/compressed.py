@@ -23,7 +23,7 @@ from compressed_tensors.utils.match import is_match
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from strop.core.errors import StropError
+from strop.core.errors import StropError, reason
 from strop.weights.experts import OTHER_NAMES
 from strop.weights.grid import Codes, Grid
 from strop.weights.linear import PackedLinear
@@ -121,9 +121,8 @@ def grids_of(told: Mapping[str, Any], model: PreTrainedModel) -> dict[str, Grid]
                 if _named(name, layer, scheme.targets) and not _named(name, layer, config.ignore):
                     found[name] = _grid(scheme.weights)
     except (ValueError, AttributeError, TypeError) as error:
-        said = " ".join(str(error).split())[:200]
         raise StropError(
-            f"the quantization_config of the checkpoint is broken ({said}): restore it"
+            f"the quantization_config of the checkpoint is broken ({reason(error)}): restore it"
         ) from error
     return found
 

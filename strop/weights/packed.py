@@ -19,7 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from strop.core.causal import FROM_FOLDER, not_loaded
 from strop.core.checkpoint import Checkpoint
-from strop.core.errors import StropError
+from strop.core.errors import StropError, quoted, reason
 from strop.weights.experts import split_experts
 from strop.weights.grid import Grid
 from strop.weights.linear import PackedConv1D, PackedLinear
@@ -55,7 +55,9 @@ def grids_of(told: Mapping[str, Any]) -> dict[str, Grid]:
     """Invert `describe`. Raises StropError for anything that it does not write."""
     try:
         if told["version"] != VERSION:
-            raise StropError(f"the checkpoint has version {told['version']} of strop's format: update strop")
+            raise StropError(
+                f"the checkpoint has version {quoted(told['version'])} of strop's format: update strop"
+            )
         kinds = dict(enumerate(Grid(**grid) for grid in told["grids"]))
         found = {}
         for name, which in told["matrices"].items():
@@ -65,7 +67,8 @@ def grids_of(told: Mapping[str, Any]) -> dict[str, Grid]:
                 found[name] = kinds[which]
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StropError(
-            f"the quantization_config of the checkpoint is not one of strop's ({error}): restore config.json"
+            f"the quantization_config of the checkpoint is not one of strop's ({reason(error)}): restore "
+            "config.json"
         ) from error
     return found
 
@@ -112,15 +115,15 @@ class StropQuantizer(HfQuantizer):
                 layer = model.get_submodule(name)
             except AttributeError as error:
                 raise StropError(
-                    f"the checkpoint packs {name}, which a {type(model).__name__} does not have: restore "
-                    "config.json"
+                    f"the checkpoint packs {quoted(name)}, which a {type(model).__name__} does not have: "
+                    "restore config.json"
                 ) from error
             model.set_submodule(name, place(layer, grid))
-        self.shapes = {key: tensor.shape for key, tensor in _stored(model, grids)}
+        self.shapes = {key: tensor.shape for key, tensor in _held(model)}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        for key, tensor in _stored(model, {key.rpartition(".")[0] for key in self.shapes}):
-            if tensor.shape != self.shapes[key]:
+        for key, tensor in _held(model):  # transformers 5.17 takes any shape for a packed model
+            if tensor.shape != self.shapes.get(key, tensor.shape):
                 raise StropError(
                     f"the checkpoint stores {key} as {list(tensor.shape)}, which is "
                     f"{list(self.shapes[key])} by config.json: restore the original files"
@@ -148,11 +151,10 @@ class StropQuantizer(HfQuantizer):
         return False
 
 
-def _stored(model: PreTrainedModel, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of packed layers by their names in the model."""
-    for name in names:
-        for key, tensor in model.get_submodule(name).named_buffers():
-            yield f"{name}.{key}", tensor
+def _held(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a model by their names, those of packed layers too."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def register() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from strop.core.errors import StropError
+from strop.core.errors import UNREAD, StropError, quoted, reason
 from strop.core.files import atomic, did_you_mean
 from strop.weights.grid import Grid
 
@@ -190,8 +190,8 @@ class BitPlan:
             data = yaml.load(path.read_text(encoding="utf-8"), _LOADER)
         except OSError as error:
             raise StropError(f"cannot read plan {path}: {error.strerror}") from error
-        except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-            raise StropError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        except (yaml.YAMLError, RecursionError, *UNREAD) as error:
+            raise StropError(f"{path} is not YAML: {reason(error)}") from error
         return cls.from_dict(data)
 
     @classmethod
@@ -217,7 +217,7 @@ def _average(rows: Iterable[Row], bits: Callable[[Row], float]) -> float:
 
 def _check_row(row: Row) -> None:
     if not NAME.fullmatch(row.name):
-        raise StropError(f"{row.name!r} is no name of a module: write it as named_modules() gives it")
+        raise StropError(f"{quoted(row.name)} is no name of a module: write it as named_modules() gives it")
     inputs = row.shape[1]
     if min(row.shape) < 1 or inputs % row.grid.width(inputs):
         raise StropError(
@@ -256,7 +256,7 @@ def _typed(where: str, node: dict[Any, Any], kinds: dict[str, Any]) -> dict[str,
     """The values of `node` under the keys of `kinds`; a missing one is None where that is allowed."""
     for key in node:
         if key not in kinds:
-            raise StropError(f"{where} has no field {str(key)[:40]!r}; {did_you_mean(str(key), list(kinds))}")
+            raise StropError(f"{where} has no field {quoted(key)}; {did_you_mean(str(key), list(kinds))}")
     values = {}
     for key, kind in kinds.items():
         allowed = typing.get_args(kind) or (kind,)

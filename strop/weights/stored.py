@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from strop.core.causal import FROM_FOLDER, not_loaded
 from strop.core.checkpoint import Checkpoint
-from strop.core.errors import StropError
+from strop.core.errors import StropError, reason
 from strop.core.heap import trim
 from strop.core.hooks import decoder_layers
 from strop.weights.experts import OTHER_NAMES, Experts, split_experts
@@ -44,7 +44,7 @@ class Stored:
                 with safe_open(shard, "pt") as file:
                     self.shards |= dict.fromkeys(file.keys(), shard)
             except SafetensorError as error:
-                raise StropError(f"cannot read {shard} ({error}): download it again") from error
+                raise StropError(f"cannot read {shard} ({reason(error)}): download it again") from error
         self.layers = next(n for n, m in model.named_modules() if m is decoder_layers(model))
         self.skeleton = model.state_dict()
         tied = getattr(model, "all_tied_weights_keys", None) or {}

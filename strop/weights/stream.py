@@ -63,6 +63,7 @@ def quantize_checkpoint(
     refuse_place(checkpoint, out)
     stored, walk = open_checkpoint(checkpoint, method, text)
     with Draft(out, _key(checkpoint, recipe, walk.text), resume) as draft:
+        refuse_place(checkpoint, out)  # a rival may have finished since
         plan = draft.plan or draft.keep(method.plan(walk, report))
         found = readers(plan, method.whole_zeros, walk.targets)
         layout = Layout(stored, plan, found.compressed)

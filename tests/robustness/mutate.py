@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -74,7 +75,8 @@ def spoiled(value: Any, chance: Random, times: int = 3) -> Any:
             other, place = chance.choice(known)
             holder[key] = copy.deepcopy(other[place]) if other is not root else [holder[key]]
         elif kind == 3 and type(holder[key]) in (int, float):
-            holder[key] = chance.choice((-1, 2, 1000, 0.5, math.nan)) * holder[key]
+            with suppress(OverflowError):  # a whole number may be too large for a float
+                holder[key] = chance.choice((-1, 2, 1000, 0.5, math.nan)) * holder[key]
         else:
             holder[key] = junk(chance)
     return root[0]

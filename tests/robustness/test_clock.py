@@ -5,7 +5,7 @@ import pytest
 from robustness.jobs import require_done
 
 
-@pytest.mark.parametrize("name", ["rtn", "tune", "train"])
+@pytest.mark.parametrize("name", ["rtn", "tune"])
 def test_a_clock_that_runs_backwards_changes_nothing(warm, undisturbed, name, tmp_path):
     known = undisturbed(name)
     budget = ["--budget-minutes", 5] if name == "tune" else []

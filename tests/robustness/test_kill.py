@@ -5,9 +5,11 @@ import time
 import pytest
 
 from robustness.counts import SEED, count, draws
-from robustness.jobs import goes_on, require_whole
+from robustness.jobs import goes_on, require_done, require_whole
 
 QUICK, LONG = ("rtn", "gptq", "alphaq"), ("tune", "train")
+SURE = 0.9
+"""The share of an undisturbed run's steps that every other one takes as well."""
 every_job = pytest.mark.parametrize("name", QUICK + LONG)
 
 
@@ -32,9 +34,12 @@ def test_a_run_killed_at_any_time_goes_on(warm, undisturbed, name, tmp_path):
 def test_a_run_killed_at_a_step_on_files_goes_on(warm, undisturbed, name, tmp_path):
     known, chance = undisturbed(name), draws(f"step {name}")
     total = len(known.steps)
-    for at in sorted(chance.sample(range(1, total + 1), min(count(5 if name in QUICK else 2, 25), total))):
+    for at in sorted(chance.sample(range(1, total + 1), min(count(5 if name in QUICK else 1, 25), total))):
         place = tmp_path / str(at)
         run = warm.run(*known.job.line(place / "out"), dies=(str(place), at))
+        if run.code == 0 and at > SURE * total:
+            require_done(known, place / "out")
+            continue
         assert run.code == -9, f"step {at} of {total}, {known.steps[at - 1]}: {run.stderr}"
         require_whole(place)
         if known.job.is_done(place / "out"):

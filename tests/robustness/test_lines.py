@@ -102,6 +102,8 @@ def test_a_command_line_ends_as_it_should(warm, model, text, place, part):
         chance = draws(f"line {index}")
         files = inputs(place, model, text, chance)
         words = [word.format_map(files) for word in words_of(chance)]
+        if words[0] == "claims" and "nothing" not in words:
+            continue  # it would measure what every paper claims, for minutes
         before = listed(place), listed(model)
         environ = {"HOME": str(place / "home"), "TMPDIR": str(place / "temporary")}
         run = warm.run(*words, cwd=str(place / "work"), environ=environ)

@@ -98,6 +98,8 @@ class Warm:
         self.count += 1
         place = self.home / f"run-{self.count % 64}"
         place.mkdir(parents=True, exist_ok=True)
+        for name in ("stdout", "stderr"):  # a run may be killed before it opens them
+            (place / name).write_bytes(b"")
         request = {"words": [str(word) for word in words], "place": str(place)} | how
         return Run(self, self.ask(request), place)
 
