@@ -12,6 +12,7 @@ from typing import Any
 
 import httpx
 import torch
+from conftest import DENSE
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
@@ -25,20 +26,7 @@ from strop.server.text import TextStream
 
 END = "<end>"
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-CONFIG = {
-    "vocab_size": 257,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.3,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+CONFIG = DENSE | {"vocab_size": 257, "bos_token_id": None, "eos_token_id": 0}
 PROMPTS = [
     "def main():",
     "x",

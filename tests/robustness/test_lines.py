@@ -68,7 +68,7 @@ def words_of(chance: Random) -> list[str]:
 @pytest.fixture
 def place(tmp_path) -> Path:
     """Folders that a command may look at: the working folder, HOME and the place of temporary files."""
-    for name in ("work", "home", "temporary", "inputs"):
+    for name in ("here", "home", "temporary", "inputs"):
         (tmp_path / name).mkdir()
     return tmp_path
 
@@ -82,7 +82,7 @@ def inputs(place: Path, model: Path, text: Path, chance: Random) -> dict[str, Pa
         "rows": ("rows.jsonl", lambda data: "\n".join(map(json.dumps, data)), rows),
         "data": ("data.txt", str, text.read_text()[:1200]),
     }
-    files = {"model": model, "out": place / "work" / "out"}
+    files = {"model": model, "out": place / "here" / "out"}
     for name, (file, write, data) in told.items():
         files[name], spoils = place / "inputs" / file, chance.random() < 0.3
         value: Any = spoiled(data, chance) if spoils and not isinstance(data, str) else data
@@ -106,7 +106,7 @@ def test_a_command_line_ends_as_it_should(warm, model, text, place, part):
             continue  # it would measure what every paper claims, for minutes
         before = listed(place), listed(model)
         environ = {"HOME": str(place / "home"), "TMPDIR": str(place / "temporary")}
-        run = warm.run(*words, cwd=str(place / "work"), environ=environ)
+        run = warm.run(*words, cwd=str(place / "here"), environ=environ)
         new = {path for path in listed(place) - before[0] if not asked(path, words)}
         told = run.code in (0, 1) and "Traceback" not in run.stdout + run.stderr
         if not (told or run.in_one_sentence()) or new or listed(model) != before[1]:
@@ -118,13 +118,13 @@ def test_a_command_line_ends_as_it_should(warm, model, text, place, part):
 def asked(path: str, words: list[str]) -> bool:
     """Whether a line asks to write here: below --out or -o, the default, or the cache of costs."""
     named = [value for word, value in pairwise(words) if word in ("--out", "-o")]
-    inside = [name.partition("/work/")[2] or name for name in named]
-    places = ["work/runs", "home/.cache", *(os.path.normpath(f"work/{name}") for name in inside)]
+    inside = [name.partition("/here/")[2] or name for name in named]
+    places = ["here/runs", "home/.cache", *(os.path.normpath(f"here/{name}") for name in inside)]
     new = PurePath(path)
     return any(new.is_relative_to(place) or PurePath(place).is_relative_to(new) for place in places)
 
 
 def clear(place: Path) -> None:
     """Forget what a run wrote."""
-    for path in (place / "work").iterdir():
+    for path in (place / "here").iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
