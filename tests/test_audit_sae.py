@@ -3,14 +3,17 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from strop.audit.sae import CONFIG, NORMS, SAE, WEIGHTS
+from strop.audit.states import read, replaced
 from strop.core.errors import StropError
 from strop.kernels import moments, moments_numba, topk, topk_numba
 
@@ -105,6 +108,17 @@ BAD = {
     "gated": (lambda at: spoil_config(at, architecture="gated"), "architecture 'gated' is not read"),
     "k": (lambda at: spoil_config(at, k=21), "keeps 1 to 20 features, got k = 21"),
     "heads": (lambda at: spoil_config(at, hook_name="blocks.1.attn.hook_z"), "no residual stream"),
+    "tuned": (lambda at: spoil_config(at, finetuning_scaling_factor=True), "finetuning_scaling_factor"),
+    "activation": (
+        lambda at: spoil_config(at, architecture="standard", activation_fn="tanh-relu"),
+        "architecture 'tanh-relu' is not read",
+    ),
+    "zero": (
+        lambda at: spoil_config(
+            at, normalize_activations="expected_average_only_in", norm_scaling_factor=0.0
+        ),
+        "norm_scaling_factor above 0",
+    ),
     "factor": (
         lambda at: spoil_config(at, normalize_activations="expected_average_only_in"),
         "without a norm_scaling_factor",
@@ -124,6 +138,42 @@ def test_a_bad_folder_is_told_in_one_sentence(case, tmp_path):
     spoil(tmp_path)
     with pytest.raises(StropError, match=sentence):
         SAE.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("without", "changes", "found"),
+    [
+        ("apply_b_dec_to_input", {}, {"centred": True}),
+        ("normalize_activations", {"normalize_activations": None}, {"norm": "none"}),
+        ("metadata", {"hook_point": "blocks.2.hook_resid_post"}, {"layer": 2}),
+        (
+            "architecture",
+            {"activation_fn": "topk", "activation_fn_kwargs": {"k": 3}},
+            {"form": "topk", "k": 3},
+        ),
+        ("architecture", {"activation_fn_str": "relu", "activation_fn_kwargs": "none"}, {"form": "relu"}),
+    ],
+)
+def test_older_configs_mean_what_saelens_takes_them_for(without, changes, found, tmp_path):
+    made().save(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config.pop(without)
+    (tmp_path / CONFIG).write_text(json.dumps(config | changes))
+    sae = SAE.load(tmp_path)
+    assert {name: getattr(sae, name) for name in found} == found
+
+
+def test_what_enters_the_first_layer_has_positions_added():
+    model = tiny_model("gpt2")
+    lm = SimpleNamespace(model=model, device=torch.device("cpu"))
+    ids = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    states, losses = read(lm, ids, -1)
+    body = model.transformer
+    assert torch.allclose(states, body.wte(ids) + body.wpe(torch.arange(9)), atol=1e-6)
+    with replaced(model, -1, [states]):
+        assert torch.equal(read(lm, ids, 0)[1], losses)
+    with replaced(model, -1, [torch.zeros_like(states)]):
+        assert not torch.allclose(read(lm, ids, 0)[1], losses)
 
 
 @pytest.mark.parametrize(("m", "k"), [(4096, 32), (61, 5), (7, 7), (300, 40), (3, 1)])

@@ -84,24 +84,22 @@ def test_a_feature_that_never_fires_is_not_judged(table, rows):
 
 
 def test_a_single_sequence_bounds_nothing(table, rows):
-    found = survival(read_as(table), read_as(table, 0.4), dictionary(dictionary_of()), M, rows[:1])
+    found = survival(read_as(table), read_as(table, 0.4), dictionary(dictionary_of()), M, rows.view(1, -1))
     assert found.shares()["survived"][1:] == (0.0, 1.0)
     assert found.loss()["rise"] == (0.0, -np.inf, np.inf)
 
 
 def test_intervals_hold_their_estimates_on_little_text(table, rows):
     """Sequences drawn again are fewer distinct ones, which lowers correlations of rare features."""
-    shares = survival(
-        read_as(table), read_as(table, 0.4), dictionary(dictionary_of()), M, rows[:10, :24]
-    ).shares()
+    shares = survival(read_as(table), read_as(table, 0.4), dictionary(dictionary_of()), M, rows[:12]).shares()
     for name, (value, low, high) in shares.items():
         assert low <= value <= high, name
     assert 0 < shares["survived"][1] < shares["survived"][2] < 1
 
 
 def test_draws_without_a_feature_do_not_call_it_damaged(table):
-    rows = torch.zeros(8, 64, dtype=torch.int64)
-    rows[0] = torch.arange(64) % 50  # most features fire in one sequence alone, which draws may lack
+    rows = torch.zeros(8, 640, dtype=torch.int64)
+    rows[0] = torch.arange(640) % 50  # most features fire in one sequence alone, which draws may lack
     found = survival(read_as(table), read_as(table), dictionary(dictionary_of()), M, rows)
     assert found.shares()["survived"] == (1.0, 1.0, 1.0)
 

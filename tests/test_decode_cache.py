@@ -108,14 +108,20 @@ FLIPS = 0.03
 
 
 def same_codes(cache: Cache, other: Cache) -> bool:
-    """Whether two caches hold the same tiles, but for codes and scales on an edge."""
+    """Whether two caches hold the same tiles, but for codes and scales on an edge.
+
+    Layers behind one where a code was rounded the other way read other values, so more of theirs turn.
+    """
     cache.check()
+    most = 1e-3
     for layer, beside in zip(cache.attending, other.attending, strict=True):
         beside.commit()
         assert layer.store.table.shape[1] > 2 and torch.equal(layer.store.table, beside.store.table)
         assert layer.store.keys.shape == beside.store.keys.shape
-        if (layer.store.records != beside.store.records).float().mean() > 1e-3:
+        other_bytes = (layer.store.records != beside.store.records).float().mean()
+        if other_bytes > most:
             return False
+        most = 5e-3 if other_bytes > 0 else most
     return True
 
 

@@ -16,6 +16,7 @@ from test_cli import ROOT, said, save_tiny, strop_
 
 from strop.core import training
 from strop.core.errors import StropError
+from strop.core.files import scratch
 from strop.decode import fit, load_drafter
 from strop.decode.corpus import hold_out
 from strop.decode.coverage import Coverage
@@ -164,7 +165,10 @@ def test_a_killed_run_goes_on_to_the_same_drafter(model, text, tmp_path):
 def test_a_run_killed_before_its_note_was_whole_begins_again(model, text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    (out / ".run.json.abcdefgh.part").write_text('{"tar')
+    with scratch(out / "run.json") as folder:
+        left = folder.name
+    (out / left).mkdir()
+    (out / left / "run.json").write_text('{"tar')
     strop_(*words(model, text, out))
     assert not [*out.glob(".*")] and (out / "config.json").exists()
     (out / "run.json").unlink()

@@ -8,7 +8,7 @@ factor that the config states. Left out: gated autoencoders, transcoders, heads'
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 FORMS = {"standard": "relu", "relu": "relu", "jumprelu": "jumprelu", "topk": "topk"}
 NORMS = ("none", "layer_norm", "constant_norm_rescale", "expected_average_only_in")
 EPSILON = 1e-5
+HOOKS = ("hook_name", "hook_point")
+"""What SAELens calls the place that is read, now and before."""
 SITES = (
     (re.compile(r"blocks\.(\d+)\.hook_resid_post"), 0),
     (re.compile(r"blocks\.(\d+)\.hook_resid_pre"), -1),
@@ -144,9 +146,12 @@ class SAE:
         """Read a folder. Raises StropError when it is incomplete, damaged, or of a form not known here."""
         config = _config(folder)
         form = _known(folder, "architecture", _form(config), FORMS)
-        norm = _known(folder, "normalize_activations", config.get("normalize_activations", "none"), NORMS)
+        norm = _known(folder, "normalize_activations", config.get("normalize_activations") or "none", NORMS)
+        if config.get("finetuning_scaling_factor"):
+            raise StropError(f"{folder}: finetuning_scaling_factor is not read here: fold it into W_dec")
         tensors = _tensors(folder)
-        k = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k", 0))
+        settings = config.get("activation_fn_kwargs")
+        k = config.get("k", settings.get("k", 0) if isinstance(settings, dict) else 0)
         if form == "topk" and not (type(k) is int and 0 < k <= tensors["W_enc"].shape[1]):
             raise StropError(
                 f"{folder}: a topk autoencoder keeps 1 to {tensors['W_enc'].shape[1]} features, got k = {k!r}"
@@ -156,10 +161,11 @@ class SAE:
                 f"{folder}: a jumprelu autoencoder needs the tensor `threshold`: restore the files"
             )
         factor = config.get("norm_scaling_factor")
-        if norm == "expected_average_only_in" and not isinstance(factor, float):
+        scales = type(factor) in (int, float) and 0 < factor < math.inf
+        if norm == "expected_average_only_in" and not scales:
             raise StropError(
-                f"{folder}: normalize_activations is expected_average_only_in without a norm_scaling_factor: "
-                "fold the factor into the weights, or state it in cfg.json"
+                f"{folder}: normalize_activations is expected_average_only_in without a norm_scaling_factor "
+                "above 0: fold the factor into the weights, or state it in cfg.json"
             )
         about = config.get("metadata")
         about = about if isinstance(about, dict) else {}
@@ -168,13 +174,13 @@ class SAE:
             b_enc=tensors["b_enc"],
             w_dec=tensors["W_dec"],
             b_dec=tensors["b_dec"],
-            layer=_layer(folder, config.get("hook_name", about.get("hook_name"))),
+            layer=_layer(folder, _first((config, about), HOOKS)),
             form=FORMS[form],
             k=k if form == "topk" else 0,
             threshold=tensors.get("threshold") if form == "jumprelu" else None,
-            centred=bool(config.get("apply_b_dec_to_input", False)),
+            centred=bool(config.get("apply_b_dec_to_input", True)),
             norm=norm,
-            factor=factor if norm == "expected_average_only_in" else 1.0,
+            factor=float(factor) if norm == "expected_average_only_in" else 1.0,
             by_norm=form == "topk" and bool(config.get("rescale_acts_by_decoder_norm", False)),
             about=about,
         )
@@ -192,10 +198,14 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _first(places: Sequence[dict[str, Any]], names: Sequence[str]) -> Any:
+    return next((place[name] for place in places for name in names if name in place), None)
+
+
 def _form(config: dict[str, Any]) -> Any:
-    """The architecture; older configs say `standard` and name a TopK activation beside it."""
+    """The architecture; older configs say `standard` and name the activation beside it."""
     form = config.get("architecture", "standard")
-    return "topk" if form == "standard" and config.get("activation_fn_str") == "topk" else form
+    return config.get("activation_fn_str", config.get("activation_fn", form)) if form == "standard" else form
 
 
 def _known(folder: Path, name: str, value: Any, known: Any) -> str:

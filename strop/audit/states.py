@@ -4,7 +4,7 @@ A recipe with a kv method is read under pseudo-decode: its cache damages what la
 single prefill would never feel.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,15 +15,42 @@ from transformers import PreTrainedModel
 from strop.audit.base import LanguageModel
 from strop.audit.quality import pseudo_decode
 from strop.core.errors import StropError
-from strop.core.hooks import decoder_layers, outputs_of
+from strop.core.hooks import decoder_layers
+
+Change = Callable[[Tensor], Tensor]
 
 
-def site(model: PreTrainedModel, layer: int) -> nn.Module:
-    """The module whose output is the stream behind a layer; the embeddings for -1."""
+def require_layer(model: PreTrainedModel, layer: int) -> nn.ModuleList:
+    """The decoder layers. Raises StropError where the one asked for is not among them."""
     layers = decoder_layers(model)
     if layer >= len(layers):
         raise StropError(f"the model has layers 0 to {len(layers) - 1}, and layer {layer} was asked for")
-    return model.get_input_embeddings() if layer < 0 else layers[layer]
+    return layers
+
+
+@contextmanager
+def stream(model: PreTrainedModel, layer: int, change: Change) -> Iterator[None]:
+    """While open, `change` hears what comes out behind a layer and says what goes on; -1 is what enters the
+    first layer, which is more than the embeddings where positions are added or scales applied.
+    """
+    layers = require_layer(model, layer)
+
+    def behind(_module: nn.Module, _given: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+    def before(_module: nn.Module, given: tuple, named: dict) -> tuple[tuple, dict]:
+        if given:
+            return (change(given[0]), *given[1:]), named
+        return given, named | {"hidden_states": change(named["hidden_states"])}
+
+    if layer < 0:
+        handle = layers[0].register_forward_pre_hook(before, with_kwargs=True)
+    else:
+        handle = layers[layer].register_forward_hook(behind)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -33,11 +60,15 @@ def read(lm: LanguageModel, rows: Tensor, layer: int, lossy: bool = False) -> tu
     `lossy` reads through the recipe's cache.
     """
     rows = rows.to(lm.device)
-    states, losses = [], []
-    with outputs_of([site(lm.model, layer)]) as newest:
+    states, losses = list[Tensor](), []
+
+    def keep(found: Tensor) -> Tensor:
+        states.append(found.float())
+        return found
+
+    with stream(lm.model, layer, keep):
         start = 0
         for logits in _logits(lm, rows, lossy):
-            states.append(newest[0].float())
             targets = rows[:, start + 1 : start + 1 + logits.shape[1]]
             losses.append(_losses(logits[:, : targets.shape[1]], targets))
             start += logits.shape[1]
@@ -61,18 +92,8 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 def replaced(model: PreTrainedModel, layer: int, states: Sequence[Tensor]) -> Iterator[None]:
     """While open, what comes out behind a layer is `states`, one `[B, T, d]` after another."""
     waiting = iter(states)
-
-    def swap(_module: nn.Module, _given: tuple, output: Tensor | tuple) -> Tensor | tuple:
-        made = next(waiting)
-        if isinstance(output, tuple):
-            return (made.to(output[0].dtype), *output[1:])
-        return made.to(output.dtype)
-
-    handle = site(model, layer).register_forward_hook(swap)
-    try:
+    with stream(model, layer, lambda found: next(waiting).to(found.dtype)):
         yield
-    finally:
-        handle.remove()
 
 
 def sequences(rows: Sequence[Sequence[int]], length: int, start: int | None = None) -> Tensor:

@@ -25,6 +25,8 @@ SURVIVED, DAMAGED = 0.9, 0.5
 """Correlations above which a feature survived, and below which it is damaged."""
 ACTIVE = 1e-3
 """Firing rate before, above which a feature is judged."""
+FIRINGS = 30
+"""Tokens where it fires before, at least: over fewer a correlation says more of the text than the change."""
 FOLDS = 32
 """Parts of the sequences; intervals are bootstraps over them, and splits keep them apart."""
 RESAMPLES = 400
@@ -67,7 +69,8 @@ class Survival:
     @property
     def active(self) -> np.ndarray:
         """Indices of the features that are judged."""
-        return np.flatnonzero(self.sums.rate() > ACTIVE)
+        sums = self.sums
+        return np.flatnonzero((sums.rate() > ACTIVE) & (sums.fires_x >= FIRINGS))
 
     @property
     def rho(self) -> np.ndarray:
@@ -84,8 +87,8 @@ class Survival:
         active = self.active
         if not len(active):
             raise StropError(
-                f"no feature fires at more than {ACTIVE:.1%} of the tokens: is the autoencoder of this "
-                "model, layer and kind of text?"
+                f"no feature fires at more than {ACTIVE:.1%} of the tokens and at {FIRINGS} of them: is the "
+                "autoencoder of this model, layer and kind of text, and is there enough of it?"
             )
         estimate = _shares(self.sums, active)
         folds = len(self.stream.tokens)

@@ -10,7 +10,7 @@ from torch import Tensor
 from strop.audit.sae import CONFIG, SAE
 from strop.audit.sae_fit import fit_sae
 from strop.audit.sae_training import Report, judged
-from strop.audit.states import read, sequences, site
+from strop.audit.states import read, require_layer, sequences
 from strop.audit.study import study
 from strop.audit.survival import AT_ONCE, Survival, dictionary, gate, reader, survival
 from strop.audit.text import pieces, start_token, token_ids
@@ -32,8 +32,6 @@ UNTOUCHED = 0.9999
 """Least correlation of a feature above which a cache is said to have lost nothing."""
 GATED = 8
 """Sequences that the first token is judged on."""
-FIRST = {False: "no first token", True: "each behind the first token, which counts nowhere"}
-"""What begins a sequence, in words."""
 
 
 class Auditor:
@@ -82,7 +80,7 @@ class Auditor:
     def study(self, found: Survival, rows: Tensor) -> dict[str, Any]:
         """What became of the features as plain data, with the regime it holds for."""
         told = study(found, rows, self.skip, self.base.tokenizer)
-        told["regime"] |= {"layer": self.sae.layer, "first_token": FIRST[self.start is not None]}
+        told["regime"] |= {"layer": self.sae.layer, "first_token": self._first_token()}
         return told
 
     def survival(self, lm: Model, report: Report = lambda what, share: None) -> tuple[Survival, Tensor]:
@@ -140,6 +138,15 @@ class Auditor:
                 "tokens: a longer --length fills it."
             )
 
+    def _first_token(self) -> str:
+        """What begins a sequence, in words, and what the model loses with it and without."""
+        if self.gate is None:
+            return "no first token"
+        led, bare = self.gate["with_start"], self.gate["without"]
+        return (
+            f"each behind the first token, which counts nowhere (loss {led:.2f} with it, {bare:.2f} without)"
+        )
+
     def _gate(self) -> dict[str, Any] | None:
         if self.start is None:
             return None
@@ -148,7 +155,7 @@ class Auditor:
 
     def _require_layer(self, layer: int | None) -> None:
         if layer is not None:
-            site(self.base.plain, layer)
+            require_layer(self.base.plain, layer)
 
     def _train(
         self, data: Data | None, place: Path, report: Report, tell: Tell
@@ -186,7 +193,7 @@ def _require_fits(base: Model, sae: SAE, name: str, layer: int | None) -> None:
             f"{name} reads layer {sae.layer} and --layer says {layer}: leave --layer out, or give an "
             "autoencoder of that layer"
         )
-    site(base.plain, sae.layer)
+    require_layer(base.plain, sae.layer)
     width = base.plain.get_input_embeddings().weight.shape[1]
     if sae.d != width:
         raise StropError(

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from strop.audit.controls import mispaired, neurons, noisy, untrained
+from strop.audit.controls import matrices, mispaired, neurons, noisy, untrained
 from strop.audit.sae_training import Report
 from strop.audit.survival import Encode, Reader, Survival, dictionary, reader, survival
 from strop.auditing.auditor import Auditor
@@ -63,9 +64,15 @@ def _controls(auditor: Auditor, lm: Model) -> Iterator[Control]:
     yield Control("permuted pairing", after, encode, sae.m, lambda states: mispaired(encode(states), seed))
     yield Control("untrained dictionary", after, dictionary(untrained(sae, seed)), sae.m)
     yield Control("raw neurons", after, neurons, 2 * sae.d)
-    if lm.model is not auditor.base.model:
+    if lm.model is not auditor.base.model and _same_shapes(auditor.base.model, lm.model):
         noise = noisy(auditor.base.model, lm.model, linear_layers, seed)
         model = SimpleNamespace(
             model=noise, tokenizer=lm.tokenizer, device=lm.device, new_cache=auditor.base.new_cache
         )
         yield Control("noise of the same size in the weights", reader(model, sae.layer), encode, sae.m)
+
+
+def _same_shapes(base: PreTrainedModel, changed: PreTrainedModel) -> bool:
+    """Whether noise of the size of a change is defined: a pruned model's matrices are no longer the same."""
+    one, other = (matrices(model, linear_layers) for model in (base, changed))
+    return {n: m.shape for n, m in one.items()} == {n: m.shape for n, m in other.items()}

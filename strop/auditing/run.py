@@ -1,6 +1,7 @@
 """From two models to a study of which features survived: what `strop audit` does."""
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +50,8 @@ def audit(
     require_same_tokens(base, lm, auditor.parts, after)
     found, rows = auditor.survival(lm, report)
     told = auditor.study(found, rows)
-    words = ["--data", str(data_file)] if data_file else []
+    words = [*(["--data", str(data_file)] if data_file else []), *settings.words()]
+    words += [] if fail_under is None else ["--fail-under", str(fail_under)]
     told |= auditor.describe(lm, after, found)
     survived, rise = told["survival"]["survived"], told["loss"]["rise"]
     beside = controls(auditor, lm, rows, report) if settings.controls else []
@@ -61,11 +63,27 @@ def audit(
         "machine": machine(),
     }
     told["notes"] += said
+    _require_finite(told)
+    plain = json.loads(json.dumps(told), parse_constant=lambda name: None)
+    write_report(plain, out / "report.html")
     write_features(found.table(), told, out / "features.parquet")
-    told = json.loads(json.dumps(told), parse_constant=lambda name: None)
-    write_json(out / "audit.json", told)
-    write_report(told, out / "report.html")
-    return told
+    write_json(out / "audit.json", plain)
+    return plain
+
+
+def _require_finite(told: dict[str, Any]) -> None:
+    """Raise StropError unless there is a loss on both sides, and something that could survive."""
+    numbers = {
+        "the loss of a model": told["loss"]["before"] + told["loss"]["after"],
+        "what the autoencoder recovers": told["sae"]["quality"]["loss_recovered"],
+        "the share that survives": told["survival"]["survived"][0],
+    }
+    for what, number in numbers.items():
+        if not math.isfinite(number):
+            raise StropError(
+                f"{what} is not a number, so nothing is reported: do the weights of both models and of the "
+                "autoencoder give finite numbers on this text, and is it more than one token over and over?"
+            )
 
 
 def changed(base: Model, after: str, settings: Settings) -> tuple[Model, list[str]]:
@@ -106,7 +124,12 @@ def _require_alike(base: Model, lm: Model, after: str) -> None:
 
 
 def require_same_tokens(base: Model, lm: Model, parts: Sequence[str], after: str) -> None:
-    """Raise StropError unless both tokenizers read some of the text alike."""
+    """Raise StropError unless both tokenizers read some text alike, and both models know its tokens."""
+    if lm.vocabulary < base.vocabulary and lm.vocabulary < len(lm.tokenizer):
+        raise StropError(
+            f"{after} knows {lm.vocabulary} tokens and its tokenizer gives {len(lm.tokenizer)}: both models "
+            "must read the same tokens"
+        )
     if base.tokenizer is lm.tokenizer:
         return
     for part in parts[:GATED]:

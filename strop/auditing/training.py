@@ -1,7 +1,7 @@
 """Train an autoencoder of a model's stream from its text: what `strop train sae` does."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from strop.audit.sae_fit import default_features, fit_sae
 from strop.audit.sae_training import Report
 from strop.audit.sae_training import Settings as Training
-from strop.audit.states import sequences, site
+from strop.audit.states import require_layer, sequences
 from strop.audit.text import halves, pieces, start_token, token_ids
 from strop.core.hooks import decoder_layers
 from strop.model import Model, load
@@ -20,7 +20,7 @@ LENGTH = 256
 """Tokens of a sequence."""
 JUDGED = 8_192
 """Tokens that an autoencoder is judged on."""
-TOKENS = 100_000
+TOKENS = 40_000
 """Tokens that an audit reads where nobody says how many."""
 DOCUMENTS = 10_000
 """Bundled documents that are drawn from: all there are."""
@@ -42,6 +42,15 @@ class Settings:
     device: str = "cpu"
     dtype: str = "auto"
     seed: int = 0
+
+    def words(self) -> list[str]:
+        """The words of a command line that say what differs from the defaults."""
+        told = {name: value for name, value in asdict(self).items() if value != getattr(Settings(), name)}
+        return [word for name, value in told.items() for word in _option(name, value)]
+
+
+def _option(name: str, value: Any) -> list[str]:
+    return [f"--{name}"] if value is True else [f"--{name}", str(value)]
 
 
 def training_plan(
@@ -72,7 +81,7 @@ def training_plan(
         seed=settings.seed,
         **given,
     )
-    site(lm.plain, plan.layer)
+    require_layer(lm.plain, plan.layer)
     return plan, rows, held_out, rest
 
 

@@ -88,7 +88,8 @@ def missed(scale: Scale, table: Table, controls: Table) -> Claim:
         passed = [row for row in rows if np.mean(row["perplexity_rise"]) < HARDLY]
         found[model] = (passed or rows[:1])[-1]
     kept = {m: row["survived"] for m, row in found.items()}
-    lost = [interval(values)[1] < KEPT for values in kept.values()]
+    cheap = {m: bool(np.mean(row["perplexity_rise"]) < HARDLY) for m, row in found.items()}
+    lost = [cheap[m] and interval(values)[1] < KEPT for m, values in kept.items()]
     said = "; ".join(
         f"{m} {row['change']}: perplexity {np.mean(row['perplexity_rise']):+.2%}, survivors "
         f"{np.mean(row['survived']):.1%}, {np.mean(row['survived_firing']):.1%} where firing, F1 "
