@@ -33,7 +33,7 @@ from strop.claims.alphaq_use import use
 from strop.claims.base import Claim, Paper, Table, listed
 
 VARIED = "held-out texts, draws of either allocation; on each of 2 trained models"
-PAPER = "perplexity at 2.5 bits, Mixtral: "
+MIXTRAL = "perplexity at 2.5 bits, Mixtral: "
 
 
 def verdicts(tables: dict[str, Table], scale: Scale) -> list[Claim]:
@@ -55,7 +55,7 @@ def ahead(scale: Scale, sweep: Table) -> list[Claim]:
             sweep,
             [(ALPHAQ, UNIFORM)],
             claim="At 2.5 bits AlphaQ loses less than equal widths",
-            paper_value=PAPER + "AlphaQ 5.17, uniform 6.16",
+            paper_value=MIXTRAL + "AlphaQ 5.17, uniform 6.16",
             more=curves(scale, sweep),
         ),
         lower(
@@ -79,7 +79,7 @@ def ahead(scale: Scale, sweep: Table) -> list[Claim]:
             sweep,
             [(ALPHAQ, PMQ_)],
             claim="At 2.5 bits AlphaQ loses less than PMQ, which sees calibration text",
-            paper_value=PAPER + "AlphaQ 5.17, PMQ 5.32",
+            paper_value=MIXTRAL + "AlphaQ 5.17, PMQ 5.32",
             more=f"PMQ calibrated on {scale.samples} rows of 256 training tokens; its exponents are inferred",
         ),
     ]
@@ -101,7 +101,7 @@ def parts(scale: Scale, sweep: Table) -> list[Claim]:
             sweep,
             [(ALPHAQ, BLOCKWISE)],
             claim="One budget for the model serves better than one for each layer",
-            paper_value=PAPER + "global 5.17, block-wise 5.81",
+            paper_value=MIXTRAL + "global 5.17, block-wise 5.81",
             more="the same sensitivities in both",
         ),
         lower(
