@@ -245,8 +245,8 @@ def show_drafter(record: Mapping[str, Any], mask: str, target: str, out: Path) -
 
 
 def show_audit(told: Mapping[str, Any], out: Path) -> None:
-    """What became of the features, what it cost in loss, and where the rest is."""
-    from strop.audit.audit_report import SHARES, outcome, scope
+    """What became of the features, what it cost in loss, each beside the controls, and where the rest is."""
+    from strop.audit.audit_report import SHARES, compared, outcome, regimes, scope
     from strop.core.words import between, percent
 
     told = console.plain(told)
@@ -257,8 +257,14 @@ def show_audit(told: Mapping[str, Any], out: Path) -> None:
     ]
     print_table(columns, rows)
     say(f"{outcome(told)} {scope(told)}")
-    for note in told["notes"]:
-        say(note)
+    names = ("Loss rise, nats", "Survived", "Fires at")
+    columns = [Column("Change"), *(Column(name, justify="right", no_wrap=True) for name in names)]
+    beside = compared(told["discordance"])
+    print_table(
+        columns, [[name, "\n".join(rise), "\n".join(kept), rate] for name, rise, kept, rate in beside]
+    )
+    for said in (*regimes(told), *told["notes"]):
+        say(said)
     typer.echo(f"Report: {out / 'report.html'} (audit.json and features.parquet beside it)")
 
 

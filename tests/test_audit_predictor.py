@@ -8,8 +8,11 @@ import torch
 
 from strop.audit.moments import StreamingPearson
 from strop.audit.predictor import NAMES, OTHERS, Evidence, auc, evidence, joint, shuffled, univariate
-from strop.audit.survival import ACTIVE, SURVIVED, Survival
+from strop.audit.survival import FIRINGS, SURVIVED, Survival
 from strop.core.errors import StropError
+
+FIRST = np.array([True, False])
+"""The first of two folds."""
 
 
 def planted(n: int = 3000, seed: int = 0) -> Evidence:
@@ -34,7 +37,7 @@ def test_no_predictor_follows_from_the_others():
     draw = torch.Generator().manual_seed(0)
     features = (torch.randn(3000, 400, generator=draw) - torch.linspace(0, 2, 400)).relu()
     stream.update(features, features, torch.arange(3000) % 2)
-    known = evidence(Survival(stream, np.ones((3, 2))), np.array([True, False]))
+    known = evidence(Survival(stream, np.ones((3, 2))), FIRST, ~FIRST)
     assert np.linalg.matrix_rank(known.x - known.x.mean(0)) == 3 and known.y.all() and not known.decided
 
 
@@ -54,7 +57,7 @@ def test_predictors_and_labels_come_from_different_text():
     for fold in (0, 1):
         stream.update(x[fold], y[fold], torch.full((1000,), fold))
     found = Survival(stream, np.ones((3, 2)))
-    forth, back = (evidence(found, np.array(known)) for known in ([True, False], [False, True]))
+    forth, back = evidence(found, FIRST, ~FIRST), evidence(found, ~FIRST, FIRST)
     assert forth.y.tolist() == [True] * 6 + [False] * 6 and back.y.all()
     fires = (x[0] > 0).double()
     expected = [
@@ -66,18 +69,18 @@ def test_predictors_and_labels_come_from_different_text():
     assert not np.allclose(forth.x, back.x)
 
 
-def test_features_that_do_not_fire_on_one_side_are_left_out():
-    x = torch.ones(2000, 3)
-    x[:, 1] = 0
-    x[0, 1] = 1  # at half of what is active
+def test_features_that_fire_too_seldom_on_one_side_are_left_out():
+    x = torch.ones(2000, 4)
+    x[: 1000 - FIRINGS + 1, 1] = 0  # once too seldom here
     x[1000:, 2] = 0  # never elsewhere
-    stream = StreamingPearson(3, folds=2)
+    x[1000 + FIRINGS - 1 :, 3] = 0  # once too seldom elsewhere
+    stream = StreamingPearson(4, folds=2)
     stream.update(x, x, torch.arange(2000) // 1000)
-    assert len(evidence(Survival(stream, np.ones((3, 2))), np.array([True, False])).x) == 1
-    assert ACTIVE == 1e-3 and SURVIVED == 0.9
+    assert len(evidence(Survival(stream, np.ones((3, 2))), FIRST, ~FIRST).x) == 1
+    assert SURVIVED == 0.9
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(StropError, match=r"scikit-learn: pip install 'strop\[audit\]'"):
         joint(planted(50))

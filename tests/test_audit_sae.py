@@ -13,6 +13,7 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from strop.audit.sae import CONFIG, NORMS, SAE, WEIGHTS
+from strop.audit.sae_training import CHUNK, Settings, Trainer, chunk_of, judged
 from strop.audit.states import read, replaced
 from strop.core.errors import StropError
 from strop.kernels import moments, moments_numba, topk, topk_numba
@@ -84,6 +85,17 @@ def test_a_folder_gives_back_what_was_saved(form, tmp_path):
     assert torch.equal(again.encode(states()), sae.encode(states()))
     for name in ("layer", "form", "k", "centred", "norm", "factor", "by_norm"):
         assert getattr(again, name) == getattr(sae, name), name
+
+
+def test_a_direction_of_no_length_writes_nothing():
+    sae = made(form="topk", k=4, by_norm=True)
+    sae.w_dec[3] = 0
+    features = sae.encode(states())
+    assert not features[..., 3].any()
+    features[..., 3] = 1.0
+    silent = features.clone()
+    silent[..., 3] = 0
+    assert torch.equal(sae.decode(features, states()), sae.decode(silent, states()))
 
 
 def spoil_config(folder: Path, **changes: Any) -> None:
@@ -197,6 +209,24 @@ def test_sums_are_those_of_the_twin():
         results.append(held)
     for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, rtol=1e-12)
+
+
+@pytest.mark.parametrize("length", [16, 300, 2500])
+def test_judging_and_training_read_as_many_tokens_at_a_time_whatever_the_length(length, tmp_path):
+    model = tiny_model("qwen3")
+    lm = SimpleNamespace(model=model, device=torch.device("cpu"))
+    rows = torch.randint(3, 60, (6000 // length + 1, length), generator=torch.Generator().manual_seed(0))
+    settings = Settings(layer=0, m=M, k=4, tokens=2048)
+    asked, read = [], lambda _module, given: asked.append(given[0].shape[:2])
+    handle = model.get_decoder().layers[0].register_forward_pre_hook(read)
+    try:
+        sae = Trainer(lm, rows, settings, tmp_path / "run.safetensors").folded()
+        judged(lm, sae, rows[:3])
+    finally:
+        handle.remove()
+    assert all(size[0] * size[1] <= 4096 for size in asked)
+    assert max(size[0] * size[1] for size in asked) > 2048
+    assert chunk_of(torch.zeros(5000, length), settings, 0)[0] * length <= CHUNK
 
 
 def test_another_device_is_asked_for_every_tensor():

@@ -6,7 +6,7 @@ import torch
 
 from strop.audit.moments import StreamingPearson
 from strop.audit.sae import SAE
-from strop.audit.survival import dictionary, gate, snippets, survival
+from strop.audit.survival import AT_ONCE, SURVIVED, dictionary, gate, snippets, survival
 from strop.core.errors import StropError
 
 D, M = 16, 96
@@ -141,6 +141,48 @@ def test_the_gate_refuses_a_model_read_in_a_way_that_it_is_not_used():
         return torch.full((len(given), given.shape[1] - 1), 3.0 if given.shape[1] == 9 else 2.4)
 
     with pytest.raises(StropError, match=r"loses 3\.00 nats a token with a first token and 2\.40 without it"):
-        gate(better_without, rows, rows[:, 1:], begins=True)
-    told = gate(lambda given: better_without(given) / 2, rows, rows[:, 1:], begins=True)
-    assert told == {"with_start": 1.5, "without": pytest.approx(1.2), "begins": True}
+        gate(better_without, rows)
+    told = gate(lambda given: better_without(given) / 2, rows)
+    assert told == {"with_start": 1.5, "without": pytest.approx(1.2)}
+
+
+@pytest.mark.parametrize("length", [3, 700, 5000])
+def test_the_gate_reads_as_many_tokens_at_a_time_whatever_the_length(length):
+    asked, rows = [], torch.ones(8, length, dtype=torch.int64)
+
+    def before(given: torch.Tensor) -> torch.Tensor:
+        asked.append(given)
+        return torch.ones(len(given), given.shape[1] - 1)
+
+    assert gate(before, rows) == {"with_start": 1, "without": 1}
+    assert max(part.numel() for part in asked) <= max(AT_ONCE, length)
+    assert sum(len(part) for part in asked) == 16
+
+
+def test_the_gate_refuses_sequences_with_nothing_to_judge():
+    with pytest.raises(StropError, match=r"sequences of 2 tokens hold nothing.*--length of 3 or more"):
+        gate(lambda given: torch.ones(len(given), given.shape[1] - 1), torch.ones(4, 2, dtype=torch.int64))
+
+
+def test_a_feature_that_is_the_same_at_every_token_has_no_correlation(table, rows):
+    sae = dictionary_of(k=M)
+    sae.w_enc[:, 3], sae.b_enc[3] = 0, 2
+    found = survival(read_as(table), read_as(table, 0.4), dictionary(sae), M, rows)
+    told = found.table()
+    assert told["feature"][np.isnan(told["rho"])].tolist() == [3] and 3 in found.active
+    others = told["rho"][told["feature"] != 3]
+    assert found.shares()["survived"][0] == (others > SURVIVED).mean()
+
+
+def test_a_feature_that_falls_silent_everywhere_has_correlation_0(table, rows):
+    sae = dictionary_of()
+    silenced = lambda states: sae.encode(states) * (torch.arange(M) != 7)  # noqa: E731
+    found = survival(read_as(table), read_as(table), dictionary(sae), M, rows, encode_after=silenced)
+    assert found.table()["rho"][found.active == 7] == 0
+
+
+def test_text_on_which_nothing_varies_gives_no_share_and_no_warning(recwarn):
+    found = survival(read_as(torch.ones(1, D)), read_as(torch.ones(1, D)), dictionary(dictionary_of()), M,
+                     torch.zeros(8, 64, dtype=torch.int64))  # fmt: skip
+    assert np.isnan(found.shares()["survived"][0]) and found.shares()["survived"][1:] == (0, 1)
+    assert not recwarn.list

@@ -27,10 +27,8 @@ TEXT = "\n".join(f"{WORDS[i % 6]} <b>{i * i % 97}</b> {WORDS[i * 5 % 6]}" for i 
 HARSH = "strop: 1\nweights: {rtn: {bits: 2}}\n"
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def laid(at: Path) -> Path:
     """A tiny model with large weights, an autoencoder of it, a text and two recipes."""
-    at = tmp_path_factory.mktemp("audited")
     save_tiny(at / "model", initializer_range=0.3)
     draw = torch.Generator().manual_seed(0)
     directions = torch.randn(M, 32, generator=draw)
@@ -44,6 +42,11 @@ def place(tmp_path_factory) -> Path:
         "decode: {prompt_lookup: {}}\n"
     )
     return at
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return laid(tmp_path_factory.mktemp("audited"))
 
 
 def told_by(result: Any) -> str:
@@ -101,7 +104,8 @@ def test_a_lossy_cache_is_felt_and_drafts_are_left_out(place, tmp_path):
 
 
 def test_controls_stand_beside_it(place, tmp_path):
-    told = json.loads(audit(place, tmp_path, "harsh.yaml", "--json", "--controls", "--tokens", 3000).stdout)
+    output = told_by(audit(place, tmp_path, "harsh.yaml", "--controls", "--tokens", 3000))
+    told = json.loads((tmp_path / "audit.json").read_text())
     names = [row["name"] for row in told["discordance"]]
     assert names[1:] == [
         "permuted pairing",
@@ -112,6 +116,10 @@ def test_controls_stand_beside_it(place, tmp_path):
     assert told["discordance"][1]["survived"][0] < 0.05
     assert all(row["rise"][0] == told["loss"]["rise"][0] for row in told["discordance"][:4])
     assert told["discordance"][4]["rise"][0] != told["loss"]["rise"][0]
+    assert all(words in output for words in (*names[:4], "Loss rise, nats", "First-token gate: not needed"))
+    rates = [f"{100 * told['discordance'][row]['rate']:.2f}%" for row in (0, 2)]
+    assert f"autoencoder fire at {rates[0]} of the tokens on average; untrained" in output
+    assert f"untrained dictionary {rates[1]}, raw neurons 50.0%." in output
 
 
 def test_a_poor_autoencoder_is_told(place, tmp_path):
@@ -178,6 +186,8 @@ def test_a_trained_autoencoder_explains_and_a_killed_run_ends_in_the_same_bits(
 ):
     told = json.loads(train(place, tmp_path / "whole", "--form", form, "--json").stdout)
     assert told["quality"]["explained_variance"] > 0.2 and told["quality"]["loss_recovered"] > 0.2
+    (tmp_path / "whole" / "work").mkdir()  # as a kill at the very end leaves it
+    assert json.loads(train(place, tmp_path / "whole", "--form", form, "--json").stdout) == told
     assert not (tmp_path / "whole" / "work").exists()
     heard = []
 

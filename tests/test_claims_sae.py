@@ -38,7 +38,7 @@ TINY = Scale(
     name="tiny",
     models=tuple(MODELS),
     seeds=3,
-    each=2,
+    each=4,
     length=192,
     widths=(8, 5, 4, 2),
     weights=(RTN(bits=4, group=32),),
@@ -189,7 +189,7 @@ def test_what_is_missed_is_asked_at_the_narrowest_width_that_would_pass():
     rises = {8: 0.001, 6: 0.009, 4: 0.02}
     kept = {8: 0.99, 6: 0.7, 4: 0.5}
     rows = [change(rounded(bits), "weights", rises[bits], survived=kept[bits]) for bits in scale.widths]
-    controls = Table([{"control": "same", "mean": [1.0] * 3}], 0.0)
+    controls = Table([{"control": "same", "mean": [1.0] * 3, "rate": [0.1] * 3}], 0.0)
     claim = missed(scale, Table(rows, 1.0), controls)
     assert claim.interval == pytest.approx((70, 70)) and claim.verdict == "reproduced"
     rows[1]["survived"] = [0.95] * 3
@@ -199,10 +199,10 @@ def test_what_is_missed_is_asked_at_the_narrowest_width_that_would_pass():
 def test_sequences_are_drawn_once_each():
     rows = torch.arange(40)[:, None].expand(40, TINY.length)
     found = drawn(rows, TINY)
-    assert found.shape == (3, 2, TINY.length) and len(found[..., 0].unique()) == 6
+    assert found.shape == (3, 4, TINY.length) and len(found[..., 0].unique()) == 12
     assert torch.equal(found, drawn(rows, TINY))
-    with pytest.raises(StropError, match="5 sequences to read, and 6 are needed"):
-        drawn(rows[:5], TINY)
+    with pytest.raises(StropError, match="11 sequences to read, and 12 are needed"):
+        drawn(rows[:11], TINY)
 
 
 def test_a_bundled_model_is_laid_with_its_autoencoder():

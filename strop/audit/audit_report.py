@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from strop.audit.survival import ACTIVE, DAMAGED, SURVIVED
+from strop.audit.survival import ACTIVE, DAMAGED, GATE, SURVIVED
 from strop.core import page
 from strop.core.files import atomic
-from strop.core.words import between, join, percent, ratio, share, shown, small
+from strop.core.words import MISSING, between, join, percent, ratio, share, shown, small
 
 SHARES = {"survived": "Survived", "degraded": "Degraded", "damaged": "Damaged"}
 MEANING = {
@@ -34,6 +34,10 @@ MEANING = {
     ),
     "F1": (
         "how far the tokens where a feature fires are the same ones: 1 is the same set, 0 no token in common."
+    ),
+    "Fires at": (
+        "the share of the tokens at which a judged feature fires before, the mean over these features: what "
+        "fires more seldom is judged by fewer tokens."
     ),
     "Loss rise": (
         "how much worse the changed model predicts the same text, in nats a token. It can stay near 0 "
@@ -65,7 +69,7 @@ def outcome(told: Mapping[str, Any]) -> str:
     survived, rise = told["survival"]["survived"], told["loss"]["rise"]
     way = "rises" if rise[0] >= 0 else "changes"
     said = (
-        f"{interval(survived, percent)} of {told['features']['active']:,} active features "
+        f"{interval(survived, percent)} of {judged(told):,} active features "
         f"survive {told['after']['label']}, while the loss {way} by {interval(rise, nats)} "
         "nats a token."
     )
@@ -73,6 +77,53 @@ def outcome(told: Mapping[str, Any]) -> str:
         return said
     verdict = "passes" if told["passed"] else "does not pass"
     return f"{said} It {verdict}: {share(told['fail_under'])} were asked for, of the interval's lower end."
+
+
+def judged(told: Mapping[str, Any]) -> int:
+    """Active features that are not the same at every token."""
+    return told["features"]["active"] - told["features"]["constant"]
+
+
+def gate(told: Mapping[str, Any]) -> str:
+    """What the first token does to the model as it was: in which regime the losses hold."""
+    if told["gate"] is None:
+        return "First-token gate: not needed, the tokenizer has no first token."
+    led, bare = told["gate"]["with_start"], told["gate"]["without"]
+    return (
+        f"First-token gate: passed, the model loses {led:.2f} nats a token with a first token and {bare:.2f} "
+        f"without; where it were better without by more than {GATE}, nothing would be reported."
+    )
+
+
+def rates(rows: list[Mapping[str, Any]]) -> str:
+    """Which rows of the discordance judge features that fire at other rates, or nothing."""
+    first, *beside = rows
+    others = [row for row in beside if row["rate"] not in (None, first["rate"])]
+    if not others:
+        return ""
+    told = join(*(f"{row['name']} {percent(row['rate'])}" for row in others))
+    return (
+        f"Firing rates are not matched: judged features of the autoencoder fire at {percent(first['rate'])} "
+        f"of the tokens on average; {told}."
+    )
+
+
+def regimes(told: Mapping[str, Any]) -> list[str]:
+    """What to know beside losses and survivors, in sentences."""
+    return [said for said in (gate(told), rates(told["discordance"])) if said]
+
+
+def compared(rows: list[Mapping[str, Any]]) -> list[tuple[str, tuple[str, str], tuple[str, str], str]]:
+    """Name, loss rise, survivors and firing rate of each row of the discordance; intervals apart."""
+    return [
+        (
+            row["name"],
+            _cells(row["rise"], nats),
+            _cells(row["survived"], percent),
+            MISSING if row["rate"] is None else percent(row["rate"]),
+        )
+        for row in rows
+    ]
 
 
 def scope(told: Mapping[str, Any]) -> str:
@@ -96,7 +147,8 @@ def figures(told: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     rise, loss = told["loss"]["rise"], told["loss"]
     yield "Loss rise", nats(rise[0]), f"from {loss['before']:.3f} to {loss['after']:.3f} nats a token"
     counts = told["features"]
-    yield "Active features", f"{counts['active']:,}", f"of {counts['all']:,}"
+    constant = f"{counts['constant']:,} the same at every token, left out" if counts["constant"] else ""
+    yield "Active features", f"{counts['active']:,}", join(f"of {counts['all']:,}", constant)
 
 
 def spoken(text: str, whole: bool = False) -> str:
@@ -144,7 +196,8 @@ def groups(rows: list[Mapping[str, Any]], show: Any) -> list[list[str]]:
 
 def view(told: dict[str, Any]) -> dict[str, Any]:
     """The study in words, as the template wants it."""
-    pictures = {name: told[name] for name in ("histogram", "deciles", "points", "discordance")}
+    pictures = {name: told[name] for name in ("histogram", "deciles", "points")}
+    pictures["discordance"] = [row for row in told["discordance"] if row["survived"][0] is not None]
     sae = told["sae"]
     return told | {
         "outcome": outcome(told),
@@ -158,10 +211,8 @@ def view(told: dict[str, Any]) -> dict[str, Any]:
         "shares": [(SHARES[name], *_cells(told["survival"][name], percent)) for name in SHARES]
         + [(f"{name} correlation", *_cells(told["survival"][name.lower()], "{:.4f}".format))
            for name in ("Mean", "Median")],
-        "compared": [
-            (row["name"], _cells(row["rise"], nats), _cells(row["survived"], percent))
-            for row in told["discordance"]
-        ],
+        "compared": compared(told["discordance"]),
+        "regimes": regimes(told),
         "sae_facts": {k: v for k, v in sae.items() if k != "quality"}
         | {k: f"{v:.4g}" for k, v in sae["quality"].items()},
         "meaning": MEANING.items(),
@@ -170,7 +221,7 @@ def view(told: dict[str, Any]) -> dict[str, Any]:
 
 
 def _cells(value: list[Any], show: Any) -> tuple[str, str]:
-    return show(value[0]), between(value[1], value[2], show)
+    return MISSING if value[0] is None else show(value[0]), between(value[1], value[2], show)
 
 
 def write_report(told: Mapping[str, Any], path: Path) -> None:

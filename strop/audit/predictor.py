@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from strop.audit.survival import ACTIVE, SURVIVED, Survival
+from strop.audit.survival import SURVIVED, Survival, judged
 from strop.core.errors import StropError
 
 NAMES = ("rarity", "mean", "peak")
@@ -35,14 +35,13 @@ class Evidence:
         return min(self.y.sum(), (~self.y).sum()) >= FOLDS
 
 
-def evidence(found: Survival, known: np.ndarray) -> Evidence:
-    """Predictors from the folds where `known` `[folds]` is true, labels from the others.
+def evidence(found: Survival, known: np.ndarray, told: np.ndarray) -> Evidence:
+    """Predictors from the folds where `known` `[folds]` is true, labels from those where `told` is.
 
-    Features are those active where `known` that fired elsewhere too.
+    Features are those that fire often enough in both to be judged.
     """
-    here = found.stream.of(known.astype(float))
-    there = found.stream.of((~known).astype(float))
-    active = (here.rate() > ACTIVE) & (there.fires_x > 0)
+    here, there = (found.stream.of(folds.astype(float)) for folds in (known, told))
+    active = judged(here) & judged(there)
     peaks = found.stream.peaks[known.nonzero()[0], 0].amax(0).cpu().numpy()
     columns = (-np.log(here.rate()[active]), np.log(here.mean_firing()[active]), np.log(peaks[active]))
     return Evidence(np.stack(columns, 1), there.correlation()[active] > SURVIVED)
@@ -68,18 +67,25 @@ def univariate(known: Evidence) -> dict[str, float]:
 
 def joint(known: Evidence, seed: int = 0) -> float:
     """How well all predictors tell together: logistic regression, each feature judged by a fit without it."""
-    try:
-        from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedKFold
-        from sklearn.pipeline import make_pipeline
-        from sklearn.preprocessing import StandardScaler
-    except ImportError as error:
-        raise StropError("predicting survival needs scikit-learn: pip install 'strop[audit]'") from error
+    require_predictor()
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     found = []
     for fit, held_out in StratifiedKFold(FOLDS, shuffle=True, random_state=seed).split(known.x, known.y):
         model = make_pipeline(StandardScaler(), LogisticRegression()).fit(known.x[fit], known.y[fit])
         found.append(auc(model.decision_function(known.x[held_out]), known.y[held_out]))
     return float(np.mean(found))
+
+
+def require_predictor() -> None:
+    """Raise StropError where the library that predicts is missing."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as error:
+        raise StropError("predicting survival needs scikit-learn: pip install 'strop[audit]'") from error
 
 
 def shuffled(known: Evidence, draws: int, seed: int = 0) -> list[float]:

@@ -97,9 +97,10 @@ class SAE:
 
     def decode(self, features: Tensor, states: Tensor) -> Tensor:
         """The states `[..., d]` that features `[..., m]` stand for, at the scale of `states`."""
-        lengths = self.w_dec.norm(dim=1) if self.by_norm else 1.0
+        if self.by_norm:  # a direction of no length writes nothing
+            features = features / self.w_dec.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
         _, undo = self._normalised(states.float())
-        return undo(features / lengths @ self.w_dec + self.b_dec)
+        return undo(features @ self.w_dec + self.b_dec)
 
     def _normalised(self, states: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """States as the encoder wants them, and the way back."""

@@ -49,6 +49,7 @@ def fit_sae(
     if (out / CONFIG).is_file() and record.is_file():
         held = json.loads(record.read_text(encoding="utf-8"))
         if held["run"] == run:
+            shutil.rmtree(out / WORK, ignore_errors=True)  # left by a kill at the very end
             return SAE.load(out), held
     (out / CONFIG).unlink(missing_ok=True)
     (out / WORK).mkdir(exist_ok=True)

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from strop.audit.base import LanguageModel
 from strop.audit.sae import SAE
-from strop.audit.states import read, replaced
+from strop.audit.states import batches, read, replaced
 from strop.core.errors import StropError
 from strop.core.sampling import keyed_generator, keyed_normal
 from strop.core.training import restore_run, save_run
 
 FORMS = ("topk", "l1")
-CHUNK = 128
-"""Sequences that are read and shuffled together."""
-AT_ONCE = 16
-"""Sequences of one forward pass."""
+CHUNK = 32_768
+"""Tokens that are read and shuffled together, in whole sequences."""
+AT_ONCE = 4096
+"""Tokens of one forward pass, in whole sequences."""
 AUXILIARY = 1 / 32
 """Weight of what idle features learn."""
 WARMUP, FALL = 0.05, 0.2
@@ -77,12 +77,7 @@ class Trainer:
         """`rows` `[S, T]` are token ids of the text; nothing is learnt at the first `skip` of a sequence."""
         self.lm, self.rows, self.settings, self.checkpoint = lm, rows, settings, checkpoint
         self.skip = skip
-        self.per_chunk = min(CHUNK, len(rows)) * (rows.shape[1] - skip) // settings.batch
-        if not self.per_chunk:
-            raise StropError(
-                f"the text to learn from has {rows.numel()} tokens, less than one step of {settings.batch}: "
-                "give more text, or an autoencoder"
-            )
+        self.size, self.per_chunk = chunk_of(rows, settings, skip)
         self.chunks = math.ceil(settings.tokens / (self.per_chunk * settings.batch))
         self.chunk, self.seconds, self.log = 0, 0.0, list[dict[str, float]]()
         first = self._states(0)
@@ -134,11 +129,10 @@ class Trainer:
 
     def _states(self, chunk: int) -> Tensor:
         """States `[tokens, d]` of the sequences of a chunk; each pass over the text has its own order."""
-        size = min(CHUNK, len(self.rows))
-        turn, place = divmod(chunk, max(len(self.rows) // size, 1))
+        turn, place = divmod(chunk, len(self.rows) // self.size)
         order = torch.randperm(len(self.rows), generator=self._draw("rows", turn))
-        picked = self.rows[order[place * size : (place + 1) * size]]
-        parts = [read(self.lm, part, self.settings.layer)[0] for part in picked.split(AT_ONCE)]
+        picked = self.rows[order[place * self.size : (place + 1) * self.size]]
+        parts = [read(self.lm, part, self.settings.layer)[0] for part in batches(picked, AT_ONCE)]
         return torch.cat(parts)[:, self.skip :].flatten(0, 1)
 
     def _step(self, x: Tensor, step: int) -> dict[str, float]:
@@ -207,6 +201,18 @@ class Trainer:
         )
 
 
+def chunk_of(rows: Tensor, settings: Settings, skip: int) -> tuple[int, int]:
+    """Sequences of a chunk, and steps. Raises StropError where the text is less than one step."""
+    size = min(max(CHUNK // rows.shape[1], 1), len(rows))
+    steps = size * (rows.shape[1] - skip) // settings.batch
+    if not steps:
+        raise StropError(
+            f"the text to learn from has {rows.numel()} tokens, less than one step of {settings.batch}: "
+            "give more text, or an autoencoder"
+        )
+    return size, steps
+
+
 @torch.no_grad()
 def judged(lm: LanguageModel, sae: SAE, rows: Tensor, skip: int = 0) -> dict[str, Any]:
     """How well an autoencoder stands for the stream, on token ids `[S, T]` that it has not seen.
@@ -218,7 +224,7 @@ def judged(lm: LanguageModel, sae: SAE, rows: Tensor, skip: int = 0) -> dict[str
     square = spread = fires = tokens = 0.0
     losses = {"as is": 0.0, "written": 0.0, "zeros": 0.0}
     ever = torch.zeros(sae.m, dtype=torch.bool, device=lm.device)
-    for part in rows.split(AT_ONCE):
+    for part in batches(rows, AT_ONCE):
         whole, loss = read(lm, part, sae.layer)
         states = whole[:, skip:]
         features = sae.encode(states)

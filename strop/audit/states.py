@@ -96,6 +96,11 @@ def replaced(model: PreTrainedModel, layer: int, states: Sequence[Tensor]) -> It
         yield
 
 
+def batches(rows: Tensor, tokens: int) -> tuple[Tensor, ...]:
+    """Token ids `[S, T]` as whole sequences of at most `tokens` tokens at a time, but at least one."""
+    return rows.split(max(tokens // rows.shape[1], 1))
+
+
 def sequences(rows: Sequence[Sequence[int]], length: int, start: int | None = None) -> Tensor:
     """Token ids of documents, one after another, in rows `[S, length]`, each behind `start` where given.
 

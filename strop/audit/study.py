@@ -1,5 +1,6 @@
 """What became of features as plain data: shares, the features most damaged with their texts, pictures."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,24 +26,34 @@ GROUPS = 10
 def study(found: Survival, rows: Tensor, skip: int, tokenizer: Any) -> dict[str, Any]:
     """All that a report says of one audit, without the models' names."""
     table = found.table()
+    varies = np.isfinite(table["rho"])
+    judged = {name: values[varies] for name, values in table.items()}
     tokens = int(found.stream.tokens.sum())
     return {
         "survival": {name: list(value) for name, value in found.shares().items()},
         "loss": found.loss(),
         "features": {
             "all": len(found.rho),
-            "active": len(table["rho"]),
+            "active": len(varies),
+            "constant": int((~varies).sum()),
+            "rate": float(table["rate"].mean()),
             "f1": float(np.median(table["f1"])),
-            "rho_firing": float(np.nanmedian(table["rho_firing"])),
+            "rho_firing": _median(table["rho_firing"]),
             "silent_before": int((found.sums.fires_x == 0).sum()),
             "silent_after": int(((found.sums.fires_y == 0) & (found.sums.fires_x > 0)).sum()),
         },
         "regime": {"tokens": tokens, "sequences": len(rows), "length": rows.shape[1]},
-        "worst": list(_worst(found, table, rows, skip, tokenizer)),
-        "histogram": _histogram(table["rho"]),
-        "deciles": {name: _groups(table[name], table["rho"]) for name in ("rate", "peak")},
-        "points": _points(table),
+        "worst": list(_worst(found, judged, rows, skip, tokenizer)),
+        "histogram": _histogram(judged["rho"]),
+        "deciles": {name: _groups(judged[name], judged["rho"]) for name in ("rate", "peak")},
+        "points": _points(judged),
     }
+
+
+def _median(values: np.ndarray) -> float:
+    """Of those that are numbers; not a number where none is."""
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if len(finite) else math.nan
 
 
 def _worst(

@@ -18,7 +18,7 @@ from torch import Tensor
 from strop.audit.base import LanguageModel
 from strop.audit.moments import StreamingPearson, Sums
 from strop.audit.sae import SAE
-from strop.audit.states import read
+from strop.audit.states import batches, read
 from strop.core.errors import StropError
 
 SURVIVED, DAMAGED = 0.9, 0.5
@@ -69,8 +69,7 @@ class Survival:
     @property
     def active(self) -> np.ndarray:
         """Indices of the features that are judged."""
-        sums = self.sums
-        return np.flatnonzero((sums.rate() > ACTIVE) & (sums.fires_x >= FIRINGS))
+        return np.flatnonzero(judged(self.sums))
 
     @property
     def rho(self) -> np.ndarray:
@@ -92,7 +91,7 @@ class Survival:
             )
         estimate = _shares(self.sums, active)
         folds = len(self.stream.tokens)
-        if folds == 1:
+        if folds == 1 or math.isnan(estimate["survived"]):
             return {name: (value, *BOUNDS[name]) for name, value in estimate.items()}
         picks = np.random.default_rng(0).multinomial(folds, np.full(folds, 1 / folds), RESAMPLES)
         drawn = [_shares(self.stream.of(weights.astype(float)), active) for weights in picks]
@@ -117,12 +116,12 @@ class Survival:
         return told | {"rise": (rise, float(low), float(high))}
 
     def table(self) -> dict[str, np.ndarray]:
-        """A column a measure, a row an active feature."""
+        """A column a measure, a row an active feature; rho is not a number where nothing varies."""
         sums, active = self.sums, self.active
         peaks = self.stream.peaks.amax(0).cpu().numpy()
         columns = {
             "feature": np.arange(len(self.rho)),
-            "rho": self.rho,
+            "rho": np.where(sums.varies(), self.rho, np.nan),
             "rho_firing": sums.correlation_where_firing(),
             "f1": sums.f1(),
             "rate": sums.rate(),
@@ -133,6 +132,11 @@ class Survival:
             "peak_after": peaks[1],
         }
         return {name: values[active] for name, values in columns.items()}
+
+
+def judged(sums: Sums) -> np.ndarray:
+    """Which features fire often enough before to be judged, `[..., m]` bool."""
+    return (sums.rate() > ACTIVE) & (sums.fires_x >= FIRINGS)
 
 
 def _shares(sums: Sums, active: np.ndarray) -> dict[str, float]:
@@ -177,7 +181,7 @@ def survival(
     stream = StreamingPearson(m, folds, device)
     losses = np.zeros((3, folds))
     done = 0
-    for part in rows.split(max(at_once // rows.shape[1], 1)):
+    for part in batches(rows, at_once):
         fold = torch.arange(done, done + len(part)) % folds
         (states, loss), (other, other_loss) = before(part), after(part)
         counted = fold.repeat_interleave(rows.shape[1] - skip).split(ENCODED)
@@ -205,24 +209,29 @@ def dictionary(sae: SAE) -> Encode:
     return encode
 
 
-def gate(
-    before: Callable[[Tensor], Tensor], with_start: Tensor, without: Tensor, begins: bool
-) -> dict[str, Any]:
-    """Whether the model is read in a regime that it is made for, as losses with and without a first token.
+def gate(before: Callable[[Tensor], Tensor], rows: Tensor) -> dict[str, float]:
+    """Whether a model is made to read a first token, as losses in nats a token with it and without.
 
-    `before` gives the losses `[B, T - 1]` of token ids. Raises StropError when the way not configured is more
-    than `GATE` nats a token better.
+    `rows` `[S, T]` begin with it, and `before` gives the losses `[B, T - 1]` of token ids. Raises StropError
+    when the model is more than `GATE` better without, or where no token is left to judge both ways.
     """
-    shared = without.shape[1] - 1
-    led, bare = (float(before(rows)[:, -shared:].mean()) for rows in (with_start, without))
-    used, other = (led, bare) if begins else (bare, led)
-    if used - other > GATE:
+    judged_both_ways = rows.shape[1] - 2
+    if judged_both_ways < 1:
         raise StropError(
-            f"the model loses {used:.2f} nats a token {'with' if begins else 'without'} a first token and "
-            f"{other:.2f} {'without' if begins else 'with'} it: read this way it is not the model that is "
-            "used, and nothing is reported; set bos_token in tokenizer_config.json as the model was trained"
+            f"sequences of {rows.shape[1]} tokens hold nothing to predict behind the first token and one "
+            "more: use a --length of 3 or more"
         )
-    return {"with_start": led, "without": bare, "begins": begins}
+    led, bare = (
+        float(torch.cat([before(part)[:, -judged_both_ways:] for part in batches(some, AT_ONCE)]).mean())
+        for some in (rows, rows[:, 1:])
+    )
+    if led - bare > GATE:
+        raise StropError(
+            f"the model loses {led:.2f} nats a token with a first token and {bare:.2f} without it: read this "
+            "way it is not the model that is used, and nothing is reported; set bos_token in "
+            "tokenizer_config.json as the model was trained"
+        )
+    return {"with_start": led, "without": bare}
 
 
 def snippets(

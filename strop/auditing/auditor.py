@@ -1,6 +1,6 @@
 """One model with an autoencoder of it and a text, on which its changes are audited."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ from strop.audit.sae_fit import fit_sae
 from strop.audit.sae_training import Report, judged
 from strop.audit.states import read, require_layer, sequences
 from strop.audit.study import study
-from strop.audit.survival import AT_ONCE, Survival, dictionary, gate, reader, survival
+from strop.audit.survival import AT_ONCE, Encode, Reader, Survival, dictionary, gate, reader, survival
 from strop.audit.text import pieces, start_token, token_ids
-from strop.auditing.training import DOCUMENTS, JUDGED, LENGTH, Settings, Tell, training_plan
+from strop.auditing.training import DOCUMENTS, JUDGED, LENGTH, Plan, Settings, Tell, training_plan
 from strop.core.errors import StropError
 from strop.model import Model
 from strop.models.zoo import zoo_names, zoo_path
@@ -45,27 +45,33 @@ class Auditor:
         settings: Settings,
         report: Report = lambda what, share: None,
         tell: Tell = lambda sentence: None,
+        look: Callable[[list[str]], None] = lambda parts: None,
     ) -> None:
-        """`data` None is the bundled text; an autoencoder is trained into `place` where none is there."""
+        """`data` None is the bundled text; an autoencoder is trained into `place` where none is there.
+
+        Before that, `look` hears the text, and the first token is judged.
+        """
         self.base, self.settings = base, settings
         self.data = data or bundled(str(base.recipe.model), DOCUMENTS)
         self.start = start_token(base.tokenizer, base.vocabulary)
         self.skip = int(self.start is not None)
-        self.parts = pieces(self.data, base.text, settings.seed)
         found = _named_sae(base, settings)
         self.trained = found is None
         if found is None:
-            self._require_layer(settings.layer)
-            sae, self.parts, self.sae_name = self._train(data, place, report, tell)
+            plan = training_plan(base, data, settings, layer=settings.layer, tokens=LEARNT)
+            parts = plan.rest
         else:
-            sae, self.sae_name = SAE.load(found[0]), found[1]
-            _require_fits(base, sae, self.sae_name, settings.layer)
+            parts = pieces(self.data, base.text, settings.seed)
+        look(parts)
+        self.ids = token_ids(base.tokenizer, parts, settings.tokens, base.vocabulary)
+        rows = self.rows(self.length(lossy=False))
+        report("judging the first token", 0.0)
+        self.gate = None if self.start is None else gate(lambda ids: read(base, ids, 0)[1], rows[:GATED])
+        sae, self.sae_name = found or self._train(plan, place, report, tell)
         self.sae = sae.to(base.device)
-        self.ids = token_ids(base.tokenizer, self.parts, settings.tokens, base.vocabulary)
         report("judging the autoencoder", 0.0)
-        some = self.rows(self.length(lossy=False))[: JUDGED // LENGTH]
+        some = rows[: max(JUDGED // rows.shape[1], 1)]
         self.quality = judged(base, self.sae, some, self.skip)
-        self.gate = self._gate()
 
     def rows(self, length: int) -> Tensor:
         """Sequences `[S, length]` of the text."""
@@ -87,12 +93,24 @@ class Auditor:
         """What became of the features in a changed model, and the sequences read."""
         lossy = lm.recipe.kv is not None
         rows = self.rows(self.length(lossy))
-        before, after = (reader(model, self.sae.layer, lossy) for model in (self.base, lm))
-        encode, at_once = dictionary(self.sae), AT_ONCE * (LOSSY_LENGTH // LENGTH if lossy else 1)
-        device = self.base.device
+        after = reader(lm, self.sae.layer, lossy)
+        return self.follow(after, rows, lossy, dictionary(self.sae), self.sae.m, report), rows
+
+    def follow(
+        self,
+        after: Reader,
+        rows: Tensor,
+        lossy: bool,
+        encode: Encode,
+        m: int,
+        report: Report,
+        encode_after: Encode | None = None,
+    ) -> Survival:
+        """What became of the m features that `encode` finds; `lossy` reads the base in blocks as well."""
+        before, device = reader(self.base, self.sae.layer, lossy), self.base.device
+        at_once = AT_ONCE * (LOSSY_LENGTH // LENGTH if lossy else 1)
         with torch.no_grad():
-            found = survival(before, after, encode, self.sae.m, rows, self.skip, device, report, at_once)
-        return found, rows
+            return survival(before, after, encode, m, rows, self.skip, device, report, at_once, encode_after)
 
     def describe(self, lm: Model, after: str, found: Survival) -> dict[str, Any]:
         """What was compared on what, and what to know of it."""
@@ -132,7 +150,7 @@ class Auditor:
             yield (
                 f"The text makes {len(found.stream.tokens)} sequences, too few for an interval to be trusted."
             )
-        if lm.recipe.kv is not None and found.rho[found.active].min() > UNTOUCHED:
+        if lm.recipe.kv is not None and not (found.table()["rho"] <= UNTOUCHED).any():
             yield (
                 f"The cache of {lm.recipe.label()} lost nothing over sequences of {self.length(True):,} "
                 "tokens: a longer --length fills it."
@@ -147,42 +165,33 @@ class Auditor:
             f"each behind the first token, which counts nowhere (loss {led:.2f} with it, {bare:.2f} without)"
         )
 
-    def _gate(self) -> dict[str, Any] | None:
-        if self.start is None:
-            return None
-        rows = self.rows(self.length(lossy=False))[:GATED]
-        return gate(lambda ids: read(self.base, ids, self.sae.layer)[1], rows, rows[:, 1:], begins=True)
-
-    def _require_layer(self, layer: int | None) -> None:
-        if layer is not None:
-            require_layer(self.base.plain, layer)
-
-    def _train(
-        self, data: Data | None, place: Path, report: Report, tell: Tell
-    ) -> tuple[SAE, list[str], str]:
-        """An autoencoder, the text that it was not trained on, and its name."""
-        name, layer = str(self.base.recipe.model), self.settings.layer
-        plan, rows, held_out, rest = training_plan(self.base, data, self.settings, layer=layer, tokens=LEARNT)
+    def _train(self, plan: Plan, place: Path, report: Report, tell: Tell) -> tuple[SAE, str]:
+        """An autoencoder and its name."""
+        name, how = str(self.base.recipe.model), plan.settings
         tell(
-            f"no autoencoder of {name} is bundled: one of {plan.m:,} features behind layer {plan.layer} is "
+            f"no autoencoder of {name} is bundled: one of {how.m:,} features behind layer {how.layer} is "
             f"trained into {place} first"
         )
         about = {"model_name": name}
-        sae, _ = fit_sae(self.base, rows, held_out, place, plan, about, self.skip, True, report, tell)
-        return sae, rest, str(place)
+        sae, _ = fit_sae(
+            self.base, plan.rows, plan.held_out, place, how, about, self.skip, True, report, tell
+        )
+        return sae, str(place)
 
 
-def _named_sae(base: Model, settings: Settings) -> tuple[Path, str] | None:
-    """The autoencoder that is named, or bundled for this model and layer."""
+def _named_sae(base: Model, settings: Settings) -> tuple[SAE, str] | None:
+    """The autoencoder that is named, or bundled for this model and layer, and its name."""
     if settings.sae is not None:
         name = settings.sae
-        return (zoo_path(name[4:]) if name.startswith("zoo:") else Path(name)), name
+        sae = SAE.load(zoo_path(name[4:]) if name.startswith("zoo:") else Path(name))
+        _require_fits(base, sae, name, settings.layer)
+        return sae, name
     for name in zoo_names():
         if not (zoo_path(name) / CONFIG).is_file():
             continue
         sae = SAE.load(zoo_path(name))
         if sae.about.get("model_name") == base.recipe.model and settings.layer in (None, sae.layer):
-            return zoo_path(name), f"zoo:{name}"
+            return sae, f"zoo:{name}"
     return None
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,29 +47,38 @@ def audit(
     base = load(before, settings.dtype, settings.device)
     lm, said = changed(base, after, settings)
     data = read_data(data_file) if data_file else None
-    auditor = Auditor(base, data, out / "sae", settings, report, tell)
-    require_same_tokens(base, lm, auditor.parts, after)
+    look = partial(require_same_tokens, base, lm, after)
+    auditor = Auditor(base, data, out / "sae", settings, report, tell, look)
     found, rows = auditor.survival(lm, report)
     told = auditor.study(found, rows)
     words = [*(["--data", str(data_file)] if data_file else []), *settings.words()]
     words += [] if fail_under is None else ["--fail-under", str(fail_under)]
     told |= auditor.describe(lm, after, found)
-    survived, rise = told["survival"]["survived"], told["loss"]["rise"]
+    _require_finite(told)
     beside = controls(auditor, lm, rows, report) if settings.controls else []
     told |= {
         "fail_under": fail_under,
-        "passed": None if fail_under is None else survived[1] >= fail_under,
-        "discordance": [{"name": told["after"]["label"], "rise": rise, "survived": survived}, *beside],
+        "passed": None if fail_under is None else told["survival"]["survived"][1] >= fail_under,
+        "discordance": [_row(told), *beside],
         "command": shlex.join(["strop", "audit", before, after, *words, "--out", str(out)]),
         "machine": machine(),
     }
     told["notes"] += said
-    _require_finite(told)
     plain = json.loads(json.dumps(told), parse_constant=lambda name: None)
     write_report(plain, out / "report.html")
     write_features(found.table(), told, out / "features.parquet")
     write_json(out / "audit.json", plain)
     return plain
+
+
+def _row(told: dict[str, Any]) -> dict[str, Any]:
+    """The change itself, as it stands among its controls."""
+    return {
+        "name": told["after"]["label"],
+        "rise": told["loss"]["rise"],
+        "survived": told["survival"]["survived"],
+        "rate": told["features"]["rate"],
+    }
 
 
 def _require_finite(told: dict[str, Any]) -> None:
@@ -123,7 +133,7 @@ def _require_alike(base: Model, lm: Model, after: str) -> None:
         )
 
 
-def require_same_tokens(base: Model, lm: Model, parts: Sequence[str], after: str) -> None:
+def require_same_tokens(base: Model, lm: Model, after: str, parts: Sequence[str]) -> None:
     """Raise StropError unless both tokenizers read some text alike, and both models know its tokens."""
     if lm.vocabulary < base.vocabulary and lm.vocabulary < len(lm.tokenizer):
         raise StropError(

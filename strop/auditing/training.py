@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from strop.audit.sae_fit import default_features, fit_sae
-from strop.audit.sae_training import Report
+from strop.audit.sae_training import Report, chunk_of
 from strop.audit.sae_training import Settings as Training
 from strop.audit.states import require_layer, sequences
 from strop.audit.text import halves, pieces, start_token, token_ids
@@ -53,13 +53,32 @@ def _option(name: str, value: Any) -> list[str]:
     return [f"--{name}"] if value is True else [f"--{name}", str(value)]
 
 
+class Plan(NamedTuple):
+    """How an autoencoder is trained, on which sequences, judged on which, and the text held out."""
+
+    settings: Training
+    rows: Tensor
+    held_out: Tensor
+    rest: list[str]
+
+
 def training_plan(
     lm: Model, data: Data | None, settings: Settings, *, layer: int | None, tokens: int, **given: Any
-) -> tuple[Training, Tensor, Tensor, list[str]]:
-    """How an autoencoder is trained, on which sequences, judged on which, and the text held out.
+) -> Plan:
+    """Learnt is from the bundled training text, or from half of the user's data.
 
-    Learnt is from the bundled training text, or from half of the user's data.
+    Raises StropError where there is too little of it, or no such layer.
     """
+    width = lm.plain.get_input_embeddings().weight.shape[1]
+    middle = (len(decoder_layers(lm.plain)) - 1) // 2
+    plan = Training(
+        layer=middle if layer is None else layer,
+        m=given.pop("m", None) or default_features(width),
+        tokens=tokens,
+        seed=settings.seed,
+        **given,
+    )
+    require_layer(lm.plain, plan.layer)
     start = start_token(lm.tokenizer, lm.vocabulary)
     if data is None:
         name = str(lm.recipe.model)
@@ -72,17 +91,8 @@ def training_plan(
         sequences(token_ids(lm.tokenizer, parts, most, lm.vocabulary), length, start)
         for parts, most in ((learnt, tokens), (rest, JUDGED))
     )
-    width = lm.plain.get_input_embeddings().weight.shape[1]
-    middle = (len(decoder_layers(lm.plain)) - 1) // 2
-    plan = Training(
-        layer=middle if layer is None else layer,
-        m=given.pop("m", None) or default_features(width),
-        tokens=tokens,
-        seed=settings.seed,
-        **given,
-    )
-    require_layer(lm.plain, plan.layer)
-    return plan, rows, held_out, rest
+    chunk_of(rows, plan, int(start is not None))
+    return Plan(plan, rows, held_out, rest)
 
 
 def train(
@@ -99,7 +109,8 @@ def train(
     report("loading", 0.0)
     lm = load(target, settings.dtype, settings.device)
     data = read_data(data_file) if data_file else None
-    plan, rows, held_out, _ = training_plan(lm, data, settings, layer=settings.layer, **given)
+    plan = training_plan(lm, data, settings, layer=settings.layer, **given)
     about = {"model_name": str(lm.recipe.model)}
     skip = int(start_token(lm.tokenizer, lm.vocabulary) is not None)
-    return fit_sae(lm, rows, held_out, out, plan, about, skip, resume, report, tell)[1]
+    how, rows, held_out, _ = plan
+    return fit_sae(lm, rows, held_out, out, how, about, skip, resume, report, tell)[1]

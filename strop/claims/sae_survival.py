@@ -116,12 +116,17 @@ def missed(scale: Scale, table: Table, controls: Table) -> Claim:
 
 
 def bases(controls: Table) -> str:
-    """Mean correlation of every pairing and basis."""
+    """Mean correlation of every pairing and basis, and how often its features fire."""
     found = dict.fromkeys(row["control"] for row in controls.rows)
     return ", ".join(
-        f"{name} {np.mean([np.mean(row['mean']) for row in controls.where(control=name)]):.3f}"
+        f"{name} {averaged(controls, name, 'mean'):.3f} (fires at {averaged(controls, name, 'rate'):.1%})"
         for name in found
     )
+
+
+def averaged(controls: Table, name: str, measure: str) -> float:
+    """The mean of a measure over models and repetitions."""
+    return float(np.mean([row[measure] for row in controls.where(control=name)]))
 
 
 def predictable(scale: Scale, table: Table) -> Claim:
@@ -140,7 +145,7 @@ def predictable(scale: Scale, table: Table) -> Claim:
         measured=f"AUC {np.mean(mean(found)):.3f} ({told(found)})" if found else "too few of both outcomes",
         interval=interval(mean(found)) if found else None,
         seeds=scale.seeds * len(scale.models),
-        varied="which repetition gives the predictors, the others the labels; on each of 3 trained models",
+        varied="which text gives the predictors, and which other the labels; on each of 3 trained models",
         verdict=graded([len(found) == len(scale.models), *above], above),
         reason="reproduced where the interval lies above on every model, partly where on one; at the width "
         f"of half the survivors: {at}; labels dealt at random {dealt}; rarity, mean where firing and peak in "
@@ -170,7 +175,7 @@ def strongest(scale: Scale, table: Table) -> Claim:
         else "too few of both outcomes",
         interval=interval(mean(gap)) if gap else None,
         seeds=scale.seeds * len(scale.models),
-        varied="which repetition gives the predictors, the others the labels; on each of 3 trained models",
+        varied="which text gives the predictors, and which other the labels; on each of 3 trained models",
         verdict=graded([len(gap) == len(scale.models), *first], papers),
         reason="reproduced where it is ahead of all on every model, intervals apart, partly where ahead of "
         f"the paper's others ({', '.join(PAPERS)}) on one; AUC alone: {alone}",

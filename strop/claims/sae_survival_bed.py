@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from strop.audit.moments import StreamingPearson
+from strop.audit.predictor import require_predictor
 from strop.audit.sae import SAE
 from strop.audit.splice import AT_ONCE
 from strop.audit.states import read, sequences
@@ -155,6 +156,7 @@ def lay(scale: Scale, progress: Progress) -> Bed:
     """Load the bundled models with their autoencoders, and draw the text."""
     if scale.device == "cuda" and not torch.cuda.is_available():
         raise StropError("no CUDA device is visible: use --scale cpu, or see `strop doctor`")
+    require_predictor()
     progress("reading the texts")
     texts = list(python_source.texts("held_out").values())
     return Bed(tuple(subject(name, texts, scale) for name in scale.models))

@@ -14,7 +14,7 @@ from strop.audit.moments import StreamingPearson, Sums
 from strop.audit.predictor import evidence, joint, shuffled, univariate
 from strop.audit.splice import NONE, recovered, spliced, strongest
 from strop.audit.states import read
-from strop.audit.survival import ACTIVE, DAMAGED, SURVIVED, Survival
+from strop.audit.survival import DAMAGED, SURVIVED, Survival, judged
 from strop.claims.base import Part, Progress, Row, Tables, measured
 from strop.claims.sae_survival_bed import Bed, Scale, Subject, pieces
 from strop.core.errors import StropError
@@ -85,12 +85,13 @@ def shares(sums: Sums) -> dict[str, list[float]]:
     """What became of the features that are active in each repetition, sums `[seeds, m]`."""
     rho, firing, f1 = sums.correlation(), sums.correlation_where_firing(), sums.f1()
     columns: dict[str, list[float]] = {}
-    for seed, active in enumerate(sums.rate() > ACTIVE):
+    for seed, active in enumerate(judged(sums)):
         if not active.any():
             raise StropError("no feature fires often enough to be judged: read more text")
         values = rho[seed, active]
         said = {
             "active": float(active.sum()),
+            "rate": float(sums.rate()[seed, active].mean()),
             "survived": float((values > SURVIVED).mean()),
             "damaged": float((values < DAMAGED).mean()),
             "mean": float(values.mean()),
@@ -151,7 +152,7 @@ def controls_study(one: Subject, scale: Scale, found: Found, progress: Progress)
 
 
 def predictor_study(one: Subject, scale: Scale, found: Found, progress: Progress) -> list[Row]:
-    """A row a width: predictors of one repetition, labels of the others.
+    """A row a width: predictors of one repetition, labels of the next one.
 
     Raises RuntimeError when labels dealt at random are predicted.
     """
@@ -159,7 +160,9 @@ def predictor_study(one: Subject, scale: Scale, found: Found, progress: Progress
     progress(f"predicting, {one.name}")
     rows = []
     for bits in scale.widths:
-        known = [evidence(found[rounded(bits)], alone) for alone in np.eye(len(one.rows), dtype=bool)]
+        eye = np.eye(len(one.rows), dtype=bool)
+        pairs = zip(eye, np.roll(eye, -1, axis=0), strict=True)
+        known = [evidence(found[rounded(bits)], *pair) for pair in pairs]
         if not all(each.decided for each in known):
             continue
         said: Row = {"model": one.name, "bits": bits, "half": bits == half}
@@ -207,7 +210,7 @@ def compared(one: Subject, rounding: Survival, other: Survival, name: str, bits:
     ours, theirs = rounding.stream.of(eye), other.stream.of(eye)
     alike = [
         overlap(a[active], b[active])
-        for a, b, active in zip(ours.correlation(), theirs.correlation(), ours.rate() > ACTIVE, strict=True)
+        for a, b, active in zip(ours.correlation(), theirs.correlation(), judged(ours), strict=True)
     ]
     tokens = other.losses[2].sum()
     return (

@@ -108,6 +108,7 @@ def causal(scale: Scale, table: Table) -> Claim:
     rows = table.where(set="damaged")
     gaps = {row["model"]: row["over_random_back"] for row in rows}
     ahead = [row["over_random_low"] > 0 for row in rows]
+    without = [name for name in scale.models if name not in gaps]
     every = np.mean([np.mean(row["back"]) for row in table.where(set="strongest tenth")])
     said = "; ".join(
         f"{row['model']} {row['features']} features {np.mean(row['back']):.1%} [{row['low']:.1%}, "
@@ -131,7 +132,8 @@ def causal(scale: Scale, table: Table) -> Claim:
         verdict=graded([len(rows) == len(scale.models), *ahead], ahead),
         reason="reproduced where the interval over sequences lies above 0 on every model, partly where on "
         f"one; rounded to the width of half the survivors; the strongest tenth brings {every:.0%} back; the "
-        "stream is what the autoencoder writes throughout",
+        "stream is what the autoencoder writes throughout"
+        + (f"; too few damaged features in {', '.join(without)}" if without else ""),
     )
 
 

@@ -1,12 +1,14 @@
 """What the recipes of a study keep of the model's features: `strop tune --audit`."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from strop.auditing.auditor import Auditor
 from strop.auditing.training import Settings
+from strop.core.errors import StropError
 from strop.model import Model
 from strop.recipe import Recipe
 from strop.tasks.data import Data
@@ -24,7 +26,7 @@ class FeatureAudit:
         """An autoencoder is trained into `place` where none is bundled."""
         settings = Settings(tokens=TOKENS, seed=seed)
         self.base, self.auditor = base, Auditor(base, data, place, settings, report)
-        self.found: dict[str, dict[str, Any]] = {}
+        self.found: dict[str, dict[str, Any] | None] = {}
 
     def add(self, rows: Sequence[dict[str, Any]], report: Report) -> None:
         """Write `audit` into the measured rows; drafts change no features."""
@@ -33,13 +35,20 @@ class FeatureAudit:
                 report(f"auditing {row['label']}", number / len(rows))
                 row["audit"] = self._of(Recipe.from_dict(row["recipe"]))
 
-    def _of(self, recipe: Recipe) -> dict[str, Any]:
+    def _of(self, recipe: Recipe) -> dict[str, Any] | None:
+        """Survivors and their interval; None where no feature can be judged."""
         changes = {"weights": recipe.weights, "kv": recipe.kv}
         if not any(changes.values()):
             return {"survived": 1.0, "interval": [1.0, 1.0]}
         key = json.dumps({slot: recipe.to_dict().get(slot) for slot in changes}, sort_keys=True)
         if key not in self.found:
-            shares = self.auditor.survival(self.base.with_(**changes))[0].shares()
-            estimate, *interval = shares["survived"]
-            self.found[key] = {"survived": estimate, "interval": interval}
+            self.found[key] = self._judged(self.base.with_(**changes))
         return self.found[key]
+
+    def _judged(self, lm: Model) -> dict[str, Any] | None:
+        found, _ = self.auditor.survival(lm)
+        try:
+            estimate, *interval = found.shares()["survived"]
+        except StropError:
+            return None
+        return {"survived": estimate, "interval": interval} if math.isfinite(estimate) else None
