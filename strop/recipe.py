@@ -5,21 +5,19 @@ nest. Everything strop does is a function over recipes.
 """
 
 import dataclasses
-import inspect
 import os
-import sys
-import types
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from strop.core.errors import UNREAD, StropError, quoted, reason
+from strop.core.errors import StropError, quoted
 from strop.core.files import atomic, did_you_mean, digest
 from strop.core.method import Method
+from strop.core.nodes import construct, read_yaml
 from strop.decode import CaDDTree, DDTree, DecodeMethod, DFlash, PromptLookup
 from strop.decode.base import Drafted
 from strop.kv import (
@@ -123,15 +121,6 @@ def drafting(drafter: str, tree: str = "caddtree", budget: int | None = None) ->
     return METHODS["decode"][tree](drafter=drafter, **({} if budget is None else {"budget": budget}))
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: a few of them, nested, would stand for billions of values."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases are not part of a recipe; write the values out")
-        return super().compose_node(parent, index)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Immutable; slots apply in the order of `SLOTS`. None leaves a slot as it is."""
@@ -187,13 +176,7 @@ class Recipe:
     @classmethod
     def load(cls, path: Path) -> "Recipe":
         """Read a recipe file. Raises StropError with one sentence for anything wrong in it."""
-        try:
-            data = yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
-        except OSError as error:
-            raise StropError(f"cannot read recipe {path}: {error.strerror}") from error
-        except (yaml.YAMLError, RecursionError, *UNREAD) as error:
-            raise StropError(f"{path} is not YAML: {reason(error)}") from error
-        recipe = cls.from_dict(data)
+        recipe = cls.from_dict(read_yaml(path, "recipe"))
         if recipe.model and not recipe.model.startswith("zoo:") and os.path.isdir(path.parent / recipe.model):
             recipe = dataclasses.replace(recipe, model=str(path.parent / recipe.model))
         return recipe
@@ -251,47 +234,14 @@ def _parse(slot: str, node: Any) -> Any:
     if kind is None:
         known = list(METHODS[slot])
         raise StropError(f"unknown {slot} method {quoted(name)}; {did_you_mean(str(name), known)}")
-    fields = {} if fields is None else fields
-    if not isinstance(fields, dict):
-        raise StropError(f"{slot} method {name!r} takes `field: value` pairs, got {quoted(fields)}")
-    hints, known = typing.get_type_hints(kind), list(inspect.signature(kind).parameters)
-    values = {}
-    for key, value in fields.items():
-        if key not in known:
-            raise StropError(f"{name} has no field {quoted(key)}; {did_you_mean(str(key), known)}")
-        hint = hints[key].type if isinstance(hints[key], dataclasses.InitVar) else hints[key]
-        if isinstance(value, (dict, str)) and any(issubclass(kind, Method) for kind in _kinds(hint)):
-            values[key] = _nested(slot, f"{name}.{key}", value, hint)
-        else:
-            values[key] = _scalar(f"{name}.{key}", value, hint)
-    try:
-        return kind(**values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise StropError(f"{slot} method {name!r}: {reason(error)}") from error
+    what = f"{slot} method {name!r}"
+    return construct(kind, {} if fields is None else fields, name, partial(_nested, slot), what)
 
 
-def _nested(slot: str, where: str, node: Any, hint: Any) -> Method:
+def _nested(slot: str, where: str, node: Any, wanted: tuple[type, ...]) -> Method:
     """A method that is a field of another."""
     method: Method = _parse(slot, node)
-    if not isinstance(method, _kinds(hint)):
-        fit = [name for name, kind in METHODS[slot].items() if issubclass(kind, _kinds(hint))]
+    if not isinstance(method, wanted):
+        fit = [name for name, kind in METHODS[slot].items() if issubclass(kind, wanted)]
         raise StropError(f"{where} cannot be {method_name(slot, method)}; known: {', '.join(fit)}")
     return method
-
-
-def _kinds(hint: Any) -> tuple[type, ...]:
-    """The types that a field may have."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType, tuple)
-    return typing.get_args(hint) if union else (hint,)
-
-
-def _scalar(where: str, value: Any, hint: Any) -> Any:
-    allowed = _kinds(hint)
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_scalar(where, item, allowed[0]) for item in value)
-    if float in allowed and type(value) is int and abs(value) <= sys.float_info.max:
-        value = float(value)
-    if type(value) not in allowed:
-        names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
-        raise StropError(f"{where} must be {names}, got {quoted(value)}")
-    return value
