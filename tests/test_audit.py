@@ -8,7 +8,6 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from strop.audit import speed as speeds
-from strop.audit.base import bootstrap
 from strop.audit.memory import fill_cache
 from strop.audit.quality import (
     agreement,
@@ -20,6 +19,7 @@ from strop.audit.quality import (
     token_losses,
 )
 from strop.audit.speed import Stamps, generation_times
+from strop.core.intervals import bootstrap
 from strop.kv import KVarN
 
 TEXT = torch.randint(2, 61, (1, 200), generator=torch.Generator().manual_seed(7))

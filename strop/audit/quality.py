@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from strop.audit.base import LanguageModel, bootstrap
+from strop.audit.base import LanguageModel
 from strop.core.cache import commit
+from strop.core.intervals import bootstrap
 
 BLOCK = 64
 """Tokens per step of pseudo-decode."""

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from strop.audit.base import LanguageModel, bootstrap
+from strop.audit.base import LanguageModel
+from strop.core.intervals import bootstrap
 
 Ratio = tuple[float, float, float]
 """Estimate and 95 % interval."""

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from strop.audit.base import LanguageModel, bootstrap
+from strop.audit.base import LanguageModel
 from strop.audit.sae import SAE
 from strop.audit.states import read, replaced
 from strop.audit.survival import Reader
+from strop.core.intervals import bootstrap
 
 NONE, ALL = "none", "all"
 AT_ONCE = 4

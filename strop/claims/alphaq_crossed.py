@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from strop.audit.base import RESAMPLES
 from strop.claims.alphaq_bed import MAIN
 from strop.claims.base import Row, Table
+from strop.core.intervals import RESAMPLES
 
 
 class Estimate(NamedTuple):

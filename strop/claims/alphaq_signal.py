@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.stats import rankdata
 
-from strop.audit.base import bootstrap
 from strop.claims.alphaq_bed import Scale
 from strop.claims.alphaq_crossed import Estimate, told
 from strop.claims.base import Claim, Row, Table, graded, listed
+from strop.core.intervals import bootstrap
 
 Measure = Callable[[Row], float]
 

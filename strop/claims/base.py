@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from strop.audit.base import bootstrap
+from strop.core.intervals import bootstrap
 
 Row = dict[str, Any]
 """What one measurement found: names, settings, and lists of one value a repetition."""

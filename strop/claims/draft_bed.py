@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from strop.audit.base import bootstrap
 from strop.claims.base import Progress, Row
 from strop.claims.codec_bed import first_tokens
 from strop.core.errors import StropError
+from strop.core.intervals import bootstrap
 from strop.core.sampling import keyed_gumbel
 from strop.decode import load_drafter
 from strop.decode.builder import TreeBuilder

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 import sys
 import types
 import typing
@@ -26,6 +27,12 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not part of a recipe; write the values out")
         return super().compose_node(parent, index)
+
+
+_PlainLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
+)
+"""PyYAML takes 1e9 for text: YAML 1.1 wants 1.0e+9."""
 
 
 def read_yaml(path: Path, what: str) -> Any:

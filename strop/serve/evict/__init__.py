@@ -1,0 +1,42 @@
+"""Which cached block goes when room is needed: one file an evictor, and their names."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from strop.core.errors import StropError
+from strop.core.eviction import RecomputeCost, Reuse
+from strop.serve.base import Evictor
+from strop.serve.evict.asymcache import AsymCache
+from strop.serve.evict.belady import Belady
+from strop.serve.evict.ghost import Ghost
+from strop.serve.evict.lru import LRU
+from strop.serve.evict.max_score import MaxScore
+from strop.serve.evict.pensieve import Pensieve
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What an evictor may be told of the store that it is for."""
+
+    capacity: int
+    """Blocks of the store."""
+    cost: RecomputeCost
+    reuse: Reuse
+    future: Sequence[tuple[float, Sequence[int]]] = ()
+    """Time and blocks of every request to come, for the oracle."""
+
+
+def _belady(around: Surroundings) -> Belady:
+    if not around.future:
+        raise StropError("belady evicts by what comes next: give it the trace, or choose another evictor")
+    return Belady(around.cost, around.future)
+
+
+EVICTORS: dict[str, Callable[[Surroundings], Evictor]] = {
+    "lru": lambda around: LRU(),
+    "max-score": lambda around: MaxScore(around.reuse),
+    "pensieve": lambda around: Pensieve(around.cost),
+    "asymcache": lambda around: AsymCache(around.cost, around.reuse),
+    "ghost": lambda around: Ghost(around.capacity, around.cost),
+    "belady": _belady,
+}

@@ -1,0 +1,172 @@
+"""Policies side by side on one trace: every policy under every seed, and what differs with an interval.
+
+The first policy is what the others are compared with, seed by seed. `cache-load` without weights is tuned on
+the first part of the trace, and then all policies are measured on the rest.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from strop.core.errors import StropError
+from strop.core.executor import Executor, Local, Lost
+from strop.core.intervals import bootstrap
+from strop.serve.base import RoutingPolicy, Trace
+from strop.serve.cluster import Cluster
+from strop.serve.gain import Gain, gain
+from strop.serve.results import Results
+from strop.serve.routing import policy as named
+from strop.serve.simulate import Simulation
+from strop.serve.traces import replay
+from strop.serve.tuning import tune
+
+TUNED = "cache-load"
+HELD_OUT = 0.2
+"""Share of the trace's time that weights are tuned on."""
+Report = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is simulated, beside the cluster and the trace."""
+
+    policies: tuple[str, ...]
+    """As `routing.policy` reads them."""
+    rate: float = 1.0
+    """Times as many arrivals a second."""
+    seeds: int = 5
+    slo: float = 5.0
+    """Seconds to the first token that are asked for."""
+    spread: bool = True
+    """Whether requests of one timestamp are spread over the step of the clock that wrote them."""
+
+    def __post_init__(self) -> None:
+        if not self.policies or len(set(self.policies)) < len(self.policies):
+            raise StropError("name at least one policy, and each once")
+        for name in self.policies:
+            named(name)
+        if self.seeds < 1:
+            raise StropError(f"at least 1 seed is needed, not {self.seeds}")
+        if not 0 < self.slo < float("inf"):
+            raise StropError(f"--slo is seconds, above 0, not {self.slo}")
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Runs one policy under one seed."""
+
+    cluster: Cluster
+    trace: Trace
+    settings: Settings
+
+    def __call__(self, task: tuple[RoutingPolicy, int], report: Report) -> Results:
+        policy, seed = task
+        made = replay(self.trace, self.settings.rate, self.settings.spread, seed)
+        simulation = Simulation(self.cluster, made, policy, seed)
+        results = simulation.run()
+        simulation.check()
+        return results
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What was found."""
+
+    runs: dict[str, list[Results]]
+    """By policy, one a seed."""
+    tuned: dict[str, Any] | None
+    """The weights that were found for `cache-load`, and on what."""
+    expected: Gain | None
+    """What a network-aware choice can gain at most; None where nothing is transferred."""
+    slo: float
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a policy: means over seeds, each with its interval, and the change of TTFT from the first."""
+        base = next(iter(self.runs.values()))
+        return [
+            {"policy": name, "seeds": len(runs)}
+            | _means([run.summary(self.slo) for run in runs])
+            | {"ttft_change": _change(base, runs) if runs is not base else None}
+            for name, runs in self.runs.items()
+        ]
+
+
+def experiment(
+    cluster: Cluster,
+    trace: Trace,
+    settings: Settings,
+    where: Executor | None = None,
+    report: Report = lambda what, share: None,
+    tell: Callable[[str], None] = lambda sentence: None,
+) -> Experiment:
+    """Simulate. Raises StropError for what does not fit together."""
+    expected = expect(cluster, trace)
+    if expected is not None:
+        tell(f"Network-aware routing: {expected.verdict}.")
+    policies = {name: named(name) for name in settings.policies}
+    tuned = None
+    if TUNED in policies:
+        tuning = partial(_mean_ttft, cluster, dataclasses.replace(settings, seeds=1), report)
+        found = tune(tuning, trace, HELD_OUT)
+        policies[TUNED], trace = found.policy, found.rest
+        tuned = found.policy.fields() | {"share": HELD_OUT}
+    tasks = [(name, seed) for seed in range(settings.seeds) for name in policies]
+    runs: dict[str, list[Any]] = {name: [None] * settings.seeds for name in policies}
+    with (where or Local()).workers(partial(Worker, cluster, trace, settings)) as run:
+        report("simulating", 0.0)
+        drawn = [(policies[name], seed) for name, seed in tasks]
+        for done, (number, results) in enumerate(run(drawn, lambda index, what, share: None), 1):
+            if isinstance(results, Lost):
+                raise StropError(f"a simulation was lost: {results.reason}")
+            name, seed = tasks[number]
+            runs[name][seed] = results
+            report(f"{name}, seed {seed}", done / len(tasks))
+    return Experiment(runs, tuned, expected, settings.slo)
+
+
+def expect(cluster: Cluster, trace: Trace) -> Gain | None:
+    """The most that a network-aware choice can gain on average; None where instances do both."""
+    if cluster.shared:
+        return None
+    prompts = np.array([job.request.prompt for job in trace.all()], dtype=float)
+    prefill = cluster.of("prefill")
+    seconds = np.mean([[group.latency.prefill([(p, 0)]) for p in prompts[:1000]] for _, group in prefill[:1]])
+    sources = np.array([host for host, _ in prefill])
+    targets = np.array([host for host, _ in cluster.of("decode")])
+    tiers = cluster.network.tier(sources[:, None], targets[None])
+    counts = np.bincount(tiers.ravel(), minlength=4)
+    quiet = 1 - getattr(cluster.background, "share", 0.0)
+    bandwidth = cluster.network.tier_bandwidth * np.array([1, quiet, quiet, quiet])
+    return gain(bandwidth.tolist(), counts.tolist(), cluster.kv_bytes * prompts.mean(), float(seconds))
+
+
+def _mean_ttft(
+    cluster: Cluster, settings: Settings, report: Report, policy: RoutingPolicy, trace: Trace
+) -> float:
+    report(f"tuning {TUNED}", 0.0)
+    return float(Worker(cluster, trace, settings)((policy, 0), report).ttft().mean())
+
+
+def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean over seeds and its interval of every number; of tiers the means."""
+    rows: dict[str, Any] = {}
+    for key, value in found[0].items():
+        if isinstance(value, dict):
+            rows[key] = {name: float(np.mean([one[key][name] for one in found])) for name in value}
+        else:
+            rows[key] = list(
+                bootstrap(np.array([one[key] for one in found], dtype=float), lambda s: s.mean(1))
+            )
+    return rows
+
+
+def _change(base: Sequence[Results], runs: Sequence[Results]) -> list[float]:
+    """Relative change of mean TTFT, seed by seed, with its interval."""
+    pairs = np.array(
+        [[one.ttft().mean(), other.ttft().mean()] for one, other in zip(base, runs, strict=True)]
+    )
+    return list(bootstrap(pairs, lambda sample: sample[..., 1].mean(1) / sample[..., 0].mean(1) - 1))

@@ -1,0 +1,84 @@
+"""What instances share: a request on its way, and the columns by which a router sees its endpoints."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from math import nan
+
+import numpy as np
+
+from strop.serve.base import Endpoints, Job
+from strop.serve.latency import Run
+from strop.serve.store import PrefixIndex
+
+
+@dataclass(slots=True, eq=False)
+class Flight:
+    """A request on its way through the fleet; times in seconds, not a number until they come."""
+
+    job: Job
+    arrived: float
+    begun: float = nan
+    """Its prompt is being computed."""
+    computed: float = nan
+    room: float = nan
+    """Memory was found where it decodes, and its KV sets out."""
+    moved: float = nan
+    first: float = nan
+    """The first token, at the end of its first iteration."""
+    ended: float = nan
+    runs: list[Run] = field(default_factory=list)
+    """Pieces of its prompt that are to be computed."""
+    prefill: int = -1
+    decode: int = -1
+    """Numbers of the instances, each within its role."""
+    tier: int = -1
+    reused: int = 0
+    """Prompt tokens that were not computed, since they were cached."""
+    hit: int = 0
+    """Prompt tokens that were not sent, since they were there."""
+    recomputed: float = 0.0
+    """Seconds that computing the rest took."""
+
+
+class Pool:
+    """The endpoints of one role as a router sees them.
+
+    Instances write into `live`. A router that asks again within `refresh` seconds gets what it got.
+    """
+
+    def __init__(self, nodes: np.ndarray, capacity: np.ndarray, block: int, refresh: float) -> None:
+        self.index = PrefixIndex(len(nodes))
+        self.refresh = refresh
+        self.until = np.zeros(len(nodes))
+        """When each would begin a request that comes now; 0 for at once."""
+        self.live = Endpoints(
+            node=nodes,
+            capacity=capacity,
+            free=capacity.copy(),
+            running=np.zeros(len(nodes), dtype=np.int64),
+            waiting=np.zeros(len(nodes), dtype=np.int64),
+            queued=np.zeros(len(nodes), dtype=np.int64),
+            wait=np.zeros(len(nodes)),
+            step=np.zeros(len(nodes)),
+            hits=lambda request: self.index.hits(request.blocks) * block,
+        )
+        self.sent = np.zeros(len(nodes), dtype=np.int64)
+        """Requests sent to each since the router last asked."""
+        self._seen, self._taken = self.live, -np.inf
+
+    def __len__(self) -> int:
+        return len(self.until)
+
+    def seen(self, now: float) -> Endpoints:
+        """What a router knows now."""
+        if now - self._taken >= self.refresh:
+            np.maximum(self.until - now, 0, out=self.live.wait)
+            self.sent[:] = 0
+            self._taken = now
+            self._seen = self._copied() if self.refresh else self.live
+        self._seen.age = now - self._taken
+        return self._seen
+
+    def _copied(self) -> Endpoints:
+        held = {f.name: getattr(self.live, f.name) for f in dataclasses.fields(Endpoints)}
+        return Endpoints(**{k: v.copy() if isinstance(v, np.ndarray) else v for k, v in held.items()})

@@ -1,0 +1,18 @@
+"""Join the shortest queue: the endpoint where a request would begin soonest (arXiv 2606.03770)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from strop.serve.base import Context, Endpoints, Request, RoutingPolicy
+from strop.serve.routing.load import wait
+
+
+@dataclass(frozen=True)
+class JSQ(RoutingPolicy):
+    """Seconds of expected waiting."""
+
+    def scores(
+        self, request: Request, endpoints: Endpoints, context: Context, peer: int | None
+    ) -> np.ndarray:
+        return wait(endpoints, context.local)

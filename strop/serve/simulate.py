@@ -1,0 +1,186 @@
+"""A fleet that serves a trace, request by request.
+
+A request is routed to an instance that computes its prompt; when that is done, a policy picks the instance
+that decodes it (as in NetKV, arXiv 2606.03910), where memory is found first; then the KV that is not there
+yet crosses the network, and decoding begins. Where instances do both, the policy picks one at arrival. Left
+out: failures, preemption, admission control. A block counts as there from when its transfer begins.
+"""
+
+import dataclasses
+import time
+from itertools import pairwise
+
+import numpy as np
+
+from strop.core.errors import StropError
+from strop.serve.base import Context, Job, LocalState, RoutingPolicy, Trace
+from strop.serve.cluster import Cluster, Group
+from strop.serve.decode import Decode
+from strop.serve.events import Clock
+from strop.serve.evict import EVICTORS, Surroundings
+from strop.serve.instance import Flight, Pool
+from strop.serve.mixed import Mixed
+from strop.serve.network import Network
+from strop.serve.oracle import Telemetry
+from strop.serve.prefill import Prefill
+from strop.serve.results import TIMES, Results, collect
+from strop.serve.routing.jsq import JSQ
+from strop.serve.store import KVStore
+
+
+class Router:
+    """A policy at work on the endpoints of one role."""
+
+    def __init__(self, policy: RoutingPolicy, pool: Pool, context: Context) -> None:
+        self.policy, self.pool, self.context = policy, pool, context
+
+    def pick(self, flight: Flight, now: float, peer: int | None = None) -> int:
+        """The number of the endpoint that takes a request."""
+        context = self.context
+        context.now = now
+        found = self.policy.pick(flight.job.request, self.pool.seen(now), context, peer).endpoint
+        context.local.picked += 1
+        context.local.sent[found] += 1
+        return found
+
+
+class Simulation:
+    """One run of one trace under one policy; `run` may be called once."""
+
+    def __init__(self, cluster: Cluster, trace: Trace, policy: RoutingPolicy, seed: int = 0) -> None:
+        """`policy` picks where a request decodes. Raises StropError where trace or policy do not fit."""
+        require_fits(cluster, trace, policy)
+        self.cluster, self.trace = cluster, trace
+        self.clock = Clock()
+        background = cluster.background
+        if background is not None and "seed" in background.fields():
+            background = dataclasses.replace(background, seed=seed)  # type: ignore[type-var]
+        self.network = Network(cluster.network, self.clock, background)
+        self.oracle = Telemetry(cluster.network, self.network.traffic, cluster.telemetry)
+        self.flights: list[Flight] = []
+        self._rng = np.random.default_rng(seed)
+        self.prefills: list[Prefill] = []
+        self.decodes: list[Decode] = []
+        if cluster.shared:
+            self.decoding = self._router("both", policy)
+            self.decodes = [self._mixed(i, group) for i, (_, group) in enumerate(cluster.of("both"))]
+        else:
+            self.prefilling, self.decoding = self._router("prefill", JSQ()), self._router("decode", policy)
+            self.prefills = [self._prefill(i, group) for i, (_, group) in enumerate(cluster.of("prefill"))]
+            self.decodes = [self._decode(i, group) for i, (_, group) in enumerate(cluster.of("decode"))]
+
+    def run(self) -> Results:
+        """Serve the whole trace."""
+        start = time.perf_counter()
+        self._expect(0)
+        self.clock.run()
+        self.flights.sort(key=lambda flight: flight.arrived)
+        spans = [span for decode in self.decodes for span in decode.batch.spans]
+        return collect(self.flights, spans, self.clock.events, time.perf_counter() - start)
+
+    def check(self) -> None:
+        """Raise AssertionError unless every request ended once and nothing was lost or made up."""
+        assert len({flight.job.request.id for flight in self.flights}) == len(self.flights) == len(self.trace)
+        for flight in self.flights:
+            steps = [getattr(flight, name) for name in TIMES]
+            assert all(a <= b for a, b in pairwise(steps)), steps
+        for instance in (*self.prefills, *self.decodes):
+            instance.store.check()
+            assert instance.store.used == 0 and not instance.waiting
+        asked = 0.0 if self.cluster.shared else sum(self._bytes(flight) for flight in self.flights)
+        assert abs(self.network.ended - asked) <= 1e-9 * asked
+        self.network.check()
+
+    def _router(self, role: str, policy: RoutingPolicy) -> Router:
+        found, block = self.cluster.of(role), self.trace.block
+        capacity = np.array([group.kv_tokens // block * block for _, group in found], dtype=np.int64)
+        hosts = np.array([host for host, _ in found], dtype=np.int64)
+        pool = Pool(hosts, capacity, block, self.cluster.reports)
+        context = Context(0.0, LocalState(sent=pool.sent), self.oracle, self.cluster.kv_bytes, self._rng)
+        return Router(policy, pool, context)
+
+    def _prefill(self, number: int, group: Group) -> Prefill:
+        pool = self.prefilling.pool
+        store, block = self._store(number, group, pool), self.trace.block
+        return Prefill(number, pool, group.latency, store, block, group.holes, self.clock, self._computed)
+
+    def _decode(self, number: int, group: Group) -> Decode:
+        pool = self.decoding.pool
+        parts = (group.latency, self._store(number, group, pool), self.trace.block, group.batch, self.clock)
+        return Decode(number, pool, *parts, self._send, self._ended)
+
+    def _mixed(self, number: int, group: Group) -> Mixed:
+        pool = self.decoding.pool
+        parts = (group.latency, self._store(number, group, pool), self.trace.block, group.batch, self.clock)
+        return Mixed(number, pool, *parts, self._ended, group.chunk, group.holes)
+
+    def _store(self, number: int, group: Group, pool: Pool) -> KVStore:
+        capacity = group.kv_tokens // self.trace.block
+        around = Surroundings(capacity, group.latency.cost(self.trace.block), group.reuse)
+        return KVStore(capacity, EVICTORS[group.evict](around), pool.index, number)
+
+    def _expect(self, number: int) -> None:
+        """Ask for the arrival of a job of the trace, which asks for the next one."""
+        if number < len(self.trace.jobs):
+            self.clock.at(self.trace.jobs[number].arrival, self._comes, number)
+
+    def _comes(self, number: int) -> None:
+        self._expect(number + 1)
+        self._arrive(self.trace.jobs[number])
+
+    def _arrive(self, job: Job) -> None:
+        flight = Flight(job, self.clock.now)
+        self.flights.append(flight)
+        if self.cluster.shared:
+            flight.decode = flight.prefill = self.decoding.pick(flight, self.clock.now)
+            self.decodes[flight.decode].submit(flight)
+        else:
+            flight.prefill = self.prefilling.pick(flight, self.clock.now)
+            self.prefills[flight.prefill].submit(flight)
+
+    def _computed(self, flight: Flight) -> None:
+        """The prompt is computed: choose where it decodes."""
+        flight.decode = self.decoding.pick(flight, self.clock.now, self._source(flight))
+        self.decodes[flight.decode].submit(flight)
+
+    def _send(self, flight: Flight) -> None:
+        """There is room: the KV that is not there yet sets out."""
+        source, target = self._source(flight), int(self.decoding.pool.live.node[flight.decode])
+        flight.tier = int(self.oracle.tier(source, target))
+        flows = self.decoding.context.local.flows
+        flows[source, flight.tier] = flows.get((source, flight.tier), 0) + 1
+        self.network.send(source, target, self._bytes(flight), self._moved, flight)
+
+    def _moved(self, flight: Flight) -> None:
+        flight.moved = self.clock.now
+        self.decoding.context.local.flows[self._source(flight), flight.tier] -= 1
+        self.prefills[flight.prefill].release(flight)
+        self.decodes[flight.decode].join(flight)
+
+    def _ended(self, flight: Flight) -> None:
+        job = flight.job
+        if job.next is not None:
+            self.clock.at(self.clock.now + job.gap, self._arrive, job.next)
+
+    def _source(self, flight: Flight) -> int:
+        return int(self.prefilling.pool.live.node[flight.prefill])
+
+    def _bytes(self, flight: Flight) -> float:
+        return self.cluster.kv_bytes * (flight.job.request.prompt - flight.hit)
+
+
+def require_fits(cluster: Cluster, trace: Trace, policy: RoutingPolicy) -> None:
+    """Raise StropError where a request has no place, or the policy asks for what the trace lacks."""
+    if policy.needs_hashes and not trace.hashed:
+        raise StropError(
+            f"{type(policy).__name__} needs to know which blocks requests share, and {trace.name} does not "
+            "say: take a trace with hashes, or another policy"
+        )
+    room = min(group.kv_tokens for group in cluster.instances)
+    for job in trace.all():
+        tokens = -(-(job.request.prompt + job.output) // trace.block) * trace.block
+        if tokens > room:
+            raise StropError(
+                f"request {job.request.id} of {trace.name} takes {tokens:,} tokens of KV and an instance "
+                f"holds {room:,}: raise kv_tokens, or leave it out of the trace"
+            )

@@ -1,0 +1,113 @@
+"""What a choice by network can gain at most, and weights found on jobs that are not measured."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from routing import context, fleet
+
+from strop.core.errors import StropError
+from strop.serve.base import Job, Request, Trace
+from strop.serve.gain import gain
+from strop.serve.routing.netkv import NetKVStatic
+from strop.serve.tuning import split, tune
+
+MOONCAKE = {"bandwidth": (450e9, 12.5e9, 5e9, 2.5e9), "nbytes": 12_035 * 327_680, "prefill": 0.977}
+
+
+@pytest.mark.parametrize("room", [1.0, 0.4])
+def test_the_bound_is_what_blind_and_static_picks_take_on_average(room):
+    rng, counts = np.random.default_rng(7), (1, 0, 2, 5)
+    tiers, request = np.repeat(np.arange(4), counts), Request(0, 1000)
+    seen = context(MOONCAKE["bandwidth"], kv_bytes=MOONCAKE["nbytes"] * 0.75 / 1000)
+    seconds = NetKVStatic().scores(request, fleet(tiers), seen, 0)
+    blind, aware = [], []
+    while len(aware) < 4000:
+        free = rng.random(8) < room
+        if free.any():
+            some = fleet(tiers, free=np.where(free, 1000, 0))
+            aware.append(seconds[NetKVStatic().pick(request, some, seen, 0).endpoint])
+            blind.append(seconds[rng.choice(np.flatnonzero(free))])
+    bound = gain(**MOONCAKE, endpoints=counts, hit=0.25, room=room)
+    for expected, found in ((bound.blind, blind), (bound.aware, aware)):
+        assert abs(expected - np.mean(found)) <= 4 * np.std(found) / len(found) ** 0.5 + 1e-9
+    assert bound.gain == pytest.approx((bound.blind - bound.aware) / (0.977 + bound.blind))
+
+
+def test_a_bound_by_hand_says_its_numbers_in_one_sentence():
+    half = gain((1, 1, 4e9, 2e9), (0, 0, 1, 1), 4e9, 2.0)
+    assert (half.blind, half.aware, half.ratio, half.near) == (1.5, 1.0, 2.0, 1.0)
+    assert half.verdict == "at most 14% of TTFT; tiers differ by 2.0, transfer is 43% of TTFT"
+    assert gain((1, 1, 4e9, 2e9), (0, 0, 1, 1), 4e9, 2.0, room=0.5).near == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "endpoints", "nbytes", "reason"),
+    [
+        ((9, 9, 5, 5), (0, 0, 2, 2), 10, "the tiers with endpoints are equally fast"),
+        ((9, 9, 5, 1), (0, 0, 0, 2), 10, "all endpoints are on one tier"),
+        ((9, 9, 5, 1), (0, 0, 2, 2), 0, "at most 0.0% of TTFT; tiers differ by 5.0, transfer is 0% of TTFT"),
+    ],
+)
+def test_there_is_nothing_to_gain_where_tiers_tie_or_nothing_travels(bandwidth, endpoints, nbytes, reason):
+    found = gain(bandwidth, endpoints, nbytes, 1.0)
+    assert (found.gain, found.verdict) == (0, f"nothing to gain: {reason}")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(1e6, 1e12), st.integers(0, 50)), min_size=1, max_size=4).filter(
+        lambda tiers: any(count for _, count in tiers)
+    ),
+    st.floats(0, 1e12),
+    st.floats(1e-3, 1e3),
+    st.floats(0, 1),
+    st.floats(1e-6, 1),
+)
+def test_a_bound_is_a_share_below_that_of_transfer_and_falls_with_hits(tiers, nbytes, prefill, hit, room):
+    found = gain(*zip(*tiers, strict=True), nbytes, prefill, hit, room)
+    assert 0 <= found.gain <= found.transfer <= 1 and found.ratio >= 1 and 0 <= found.near <= 1 + 1e-9
+    assert found.aware <= found.blind * (1 + 1e-9)
+    cold = gain(*zip(*tiers, strict=True), nbytes, prefill, 0.0, room)
+    assert found.gain <= cold.gain + 1e-9
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"bandwidth": (1, 2, 3)},
+        {"bandwidth": (0, 1, 1, 1)},
+        {"endpoints": (0, 0, 0, 0)},
+        {"endpoints": (-1, 2, 2, 2)},
+        {"nbytes": -1},
+        {"prefill": 0},
+        {"hit": 1.5},
+        {"room": 0},
+    ],
+)
+def test_a_bound_of_what_makes_no_sense_is_refused(wrong):
+    with pytest.raises(StropError):
+        gain(**({**MOONCAKE, "endpoints": (1, 1, 1, 1)} | wrong))
+
+
+def test_tuning_finds_the_weights_of_the_least_cost_on_jobs_that_are_not_measured():
+    trace = Trace("made", [Job(Request(id, 1), 1) for id in range(50)])
+    seen = []
+
+    def evaluate(method, part):
+        seen.extend(job.request.id for job in part.jobs)
+        return abs(method.w_l - 0.3)
+
+    tuned = tune(evaluate, trace)
+    assert tuned.policy.w_l == pytest.approx(0.3) and tuned.policy.w_c == pytest.approx(0.7)
+    assert [method.w_l for method, _ in tuned.rows] == pytest.approx(np.arange(11) / 10)
+    assert set(seen) == set(range(10))
+    assert [job.request.id for job in tuned.rest.jobs] == list(range(10, 50))
+
+
+def test_tuning_refuses_a_slice_without_jobs_or_without_a_cost():
+    trace = Trace("made", [Job(Request(id, 1), 1) for id in range(3)])
+    with pytest.raises(StropError, match="one side empty"):
+        split(trace, 0.1)
+    with pytest.raises(StropError, match="larger share"):
+        tune(lambda method, part: float("nan"), trace, 0.5)
