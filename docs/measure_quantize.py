@@ -30,9 +30,9 @@ import torch
 import torch.nn.functional as F
 
 import strop
-from strop.audit.base import bootstrap
 from strop.core.checkpoint import inspect
 from strop.core.files import atomic
+from strop.core.intervals import bootstrap
 from strop.core.machine import machine
 from strop.model import tokenizer_of
 from strop.models.zoo import zoo_path

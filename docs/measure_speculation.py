@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import strop
-from strop.audit.base import bootstrap
 from strop.claims.stock import TransformersDFlash
 from strop.core.files import atomic
+from strop.core.intervals import bootstrap
 from strop.core.machine import machine
 from strop.core.sampling import KeyedSampler
 from strop.decode import Chain, FixedBudget, load_drafter, speculative

@@ -15,7 +15,7 @@ every_job = pytest.mark.parametrize("name", QUICK + LONG)
 
 @every_job
 def test_a_run_killed_at_any_time_goes_on(warm, undisturbed, name, tmp_path):
-    known, chance, kills = undisturbed(name), draws(f"time {name}"), count(1 + (name in QUICK), 10)
+    known, chance, kills = undisturbed(name), draws(f"time {name}"), count(1, 10)
     for index in range(kills):
         out = tmp_path / str(index) / "out"
         moments = [known.seconds * (index + chance.random()) / kills]
@@ -34,7 +34,7 @@ def test_a_run_killed_at_any_time_goes_on(warm, undisturbed, name, tmp_path):
 def test_a_run_killed_at_a_step_on_files_goes_on(warm, undisturbed, name, tmp_path):
     known, chance = undisturbed(name), draws(f"step {name}")
     total = len(known.steps)
-    for at in sorted(chance.sample(range(1, total + 1), min(count(5 if name in QUICK else 1, 25), total))):
+    for at in sorted(chance.sample(range(1, total + 1), min(count(2 if name in QUICK else 1, 25), total))):
         place = tmp_path / str(at)
         run = warm.run(*known.job.line(place / "out"), dies=(str(place), at))
         if run.code == 0 and at > SURE * total:
