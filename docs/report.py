@@ -28,6 +28,8 @@ from report_speed import (
 )
 from report_weights import WEIGHTS
 
+from strop.claims import PAPERS
+
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
 
@@ -160,12 +162,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     "drafts": ("gpu-speculation.json", drafts),
     "claims": ("claims.json", claims),
     "short": ("claims.json", short),
-    "kvarn": ("claims.json", partial(verdicts, paper="kvarn")),
-    "vase": ("claims.json", partial(verdicts, paper="vase")),
-    "treeflash": ("claims.json", partial(verdicts, paper="treeflash")),
-    "caddtree": ("claims.json", partial(verdicts, paper="caddtree")),
-    "alphaq": ("claims.json", partial(verdicts, paper="alphaq")),
-    "sae-survival": ("claims.json", partial(verdicts, paper="sae-survival")),
+    **{paper: ("claims.json", partial(verdicts, paper=paper)) for paper in PAPERS},
     **WEIGHTS,
     **AUDIT,
 }

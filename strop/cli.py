@@ -5,23 +5,22 @@ Every command prints for people, or one JSON value with --json; progress and err
 so that `strop --help` is instant.
 """
 
-import subprocess
-import sys
 import time
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markdown import Markdown
 
 from strop import __version__, console, tables
 from strop import doctor as doctors
 from strop.cli_audit import audit
+from strop.cli_fleet import simulate
+from strop.cli_plan import plan, profile
 from strop.cli_serve import serve
 from strop.cli_train import train
 from strop.cli_weights import quantize, recipe
+from strop.cli_zoo import zoo
 from strop.core.errors import StropError
 from strop.core.files import require_folder
 from strop.options import (
@@ -44,16 +43,13 @@ from strop.options import (
     Source,
     Tasks,
     Workers,
-    ZooName,
 )
 
-STDERR = 2
 Objective = StrEnum("Objective", ["balanced", "memory", "speed"])
 Tree = StrEnum("Tree", ["caddtree", "ddtree", "dflash"])
 Scale = StrEnum("Scale", ["cpu", "gpu"])
 
 app = typer.Typer(name="strop", cls=console.Strop, add_completion=False, pretty_exceptions_enable=False)
-zoo = typer.Typer(help="List, show and train the bundled small models.")
 app.add_typer(train, name="train")
 app.add_typer(zoo, name="zoo")
 
@@ -215,6 +211,9 @@ def generate(
 app.command(epilog="Example: strop audit zoo:coder runs/w4 --out runs/audit --fail-under 0.6")(audit)
 app.command(epilog="Example: strop quantize zoo:moe --method alphaq --bits 2.5 -o runs/moe-2.5")(quantize)
 app.command(epilog="Example: strop serve runs/mine/recipe.yaml --port 8000")(serve)
+app.command(epilog="Example: strop simulate examples/fat-tree-64.yaml --out runs/fleet")(simulate)
+app.command(epilog="Example: strop plan examples/edge-7.yaml --model zoo:moe --workload in=576,out=588")(plan)
+app.command(epilog="Example: strop profile zoo:coder --out device.yaml")(profile)
 app.command(epilog="Example: strop recipe runs/mine/recipe.yaml --to vllm")(recipe)
 
 
@@ -252,46 +251,6 @@ def doctor(as_json: Json = False) -> None:
     else:
         tables.show_parts(parts)
     raise typer.Exit(0 if doctors.healthy(parts) else 1)
-
-
-@zoo.command("list", epilog="Example: strop zoo list")
-def zoo_list(as_json: Json = False) -> None:
-    """List the bundled models."""
-    rows = console.zoo_rows()
-    if as_json:
-        console.print_json(rows)
-    else:
-        tables.show_zoo(rows)
-
-
-@zoo.command("show", epilog="Example: strop zoo show coder")
-def zoo_show(name: ZooName, as_json: Json = False) -> None:
-    """Print a bundled model's card."""
-    from strop.models.zoo import card, zoo_path
-
-    text = card(name)
-    if as_json:
-        console.print_json({"name": name, "path": str(zoo_path(name)), "card": text})
-    else:
-        Console().print(Markdown(text))
-
-
-@zoo.command(
-    "train",
-    epilog="Example: strop zoo train coder --out runs/coder --threads 2",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def zoo_train(context: typer.Context, name: ZooName, as_json: Json = False) -> None:
-    """Train a bundled model again with its script; further options go to the script."""
-    command = [sys.executable, str(console.zoo_script(name)), *context.args]
-    start = time.perf_counter()
-    code = subprocess.run(
-        command, stdout=STDERR if as_json else None, env=console.child_environment()
-    ).returncode
-    if as_json:
-        seconds = time.perf_counter() - start
-        console.print_json({"name": name, "command": command, "exit_code": code, "seconds": seconds})
-    raise typer.Exit(code if code >= 0 else 128 - code)
 
 
 def main() -> None:

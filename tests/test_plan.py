@@ -98,6 +98,9 @@ def test_a_stage_in_the_plan_takes_what_the_programme_counted():
     for replica in plan.replicas:
         if replica.role == PREFILL:
             assert 576 / replica.prefill_seconds(576) == pytest.approx(replica.speed)
+            stages = len(replica.stages)
+            assert replica.prefill_seconds(576) <= replica.prompt_latency(576)
+            assert replica.prompt_latency(576) <= (2 * stages - 1) * replica.prefill_seconds(576)
         else:
             seconds = replica.step_seconds(replica.concurrency)
             assert replica.concurrency / seconds == pytest.approx(replica.speed)

@@ -12,8 +12,8 @@ from torch import Tensor
 from strop.audit.base import LanguageModel
 from strop.audit.sae import CONFIG, SAE
 from strop.audit.sae_training import Report, Settings, Trainer, judged
-from strop.core.files import digest
-from strop.core.training import claim, timed, write_json
+from strop.core.files import digest, write_json
+from strop.core.training import claim, timed
 
 WORK, RECORD = "work", "training.json"
 FEATURES, WIDTHS = 4096, 16

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from strop.audit.audit_report import write_report
-from strop.audit.features import require_parquet, write_features
+from strop.audit.features import write_features
 from strop.audit.sae_training import Report
 from strop.auditing.auditor import GATED, Auditor
 from strop.auditing.beside import controls
 from strop.auditing.training import Settings, Tell
 from strop.core.errors import StropError
+from strop.core.files import write_json
 from strop.core.machine import machine
-from strop.core.training import write_json
+from strop.core.parquet import require_parquet
 from strop.model import Model, load, located
 from strop.recipe import Recipe
 from strop.tasks.data import read_data

@@ -52,6 +52,24 @@ def _sae_survival() -> Paper:
     return PAPER
 
 
+def _netkv() -> Paper:
+    from strop.claims.netkv import PAPER
+
+    return PAPER
+
+
+def _asymcache() -> Paper:
+    from strop.claims.asymcache import PAPER
+
+    return PAPER
+
+
+def _e2llm() -> Paper:
+    from strop.claims.e2llm import PAPER
+
+    return PAPER
+
+
 PAPERS: dict[str, Callable[[], Paper]] = {
     "kvarn": _kvarn,
     "vase": _vase,
@@ -59,6 +77,9 @@ PAPERS: dict[str, Callable[[], Paper]] = {
     "caddtree": _caddtree,
     "alphaq": _alphaq,
     "sae-survival": _sae_survival,
+    "e2llm": _e2llm,
+    "netkv": _netkv,
+    "asymcache": _asymcache,
 }
 """Key of each paper and how its claims are measured; an experiment is imported when it runs."""
 

@@ -28,6 +28,7 @@ Run = Callable[[Iterable[Any], Hear], Iterator[tuple[int, Any]]]
 
 ATTEMPTS = 3
 """Times that a task is begun whose worker dies on it."""
+STARVED = "as one does that runs out of memory: use fewer --workers"
 PATIENCE = 5.0
 """Seconds for a cluster's address to answer."""
 STORE_BYTES = 128 << 20
@@ -236,9 +237,7 @@ def _result(ray: Any, done: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError):
-        return Lost(
-            f"its worker died {ATTEMPTS} times, as one does that runs out of memory: use fewer --workers"
-        )
+        return Lost(f"its worker died {ATTEMPTS} times, {STARVED}")
     except ray.exceptions.RayError as error:
         return Lost(f"the cluster lost it ({type(error).__name__}): look at its nodes, then use --resume")
 

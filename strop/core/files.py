@@ -43,6 +43,44 @@ def atomic(path: Path) -> Iterator[Path]:
         raise StropError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder against other runs, where the file system has locks; one made for it goes if unused.
+
+    Raises StropError when another run holds it.
+    """
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise StropError(f"cannot write in {folder} ({error.strerror}): name another folder") from error
+    try:
+        with suppress(OSError):
+            _lock(handle, folder)
+        yield
+    finally:
+        if made:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StropError(
+            f"another run is at work in {folder}: wait for it, or name another folder"
+        ) from error
+
+
 @contextmanager
 def scratch(path: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that vanishes in the end.

@@ -17,16 +17,22 @@ UNMEASURED = (
     "audit/audit_report.py",
     "cli.py",
     "cli_audit.py",
+    "cli_fleet.py",
+    "cli_plan.py",
     "cli_serve.py",
     "cli_train.py",
+    "cli_zoo.py",
     "console.py",
     "core/executor.py",
     "core/page/__init__.py",
+    "core/parquet.py",
+    "core/processes.py",
     "core/words.py",
     "decode/fit.py",
     "doctor.py",
     "harness.py",
     "options.py",
+    "profiling.py",
     "tables.py",
     "tune/chosen.py",
     "tune/frontier.py",
@@ -93,25 +99,27 @@ def require_alike(driver: dict[str, Any], code: str) -> None:
         raise StropError(f"{', '.join(unlike)} of another version than the driver's: install the same")
 
 
-def machine() -> dict[str, Any]:
-    """Hardware and versions, for reports."""
-    import torch
-
+def host(*packages: str) -> dict[str, Any]:
+    """Hardware and versions, some packages' among them, without a tensor library."""
     from strop import __version__
 
     return {
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "os": platform.platform(terse=True),
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        **{package: version(package) for package in packages},
         "strop": __version__,
-        "gpu": gpu_name(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions, for reports."""
+    import torch
+
+    return host("torch", "transformers") | {"threads": torch.get_num_threads(), "gpu": gpu_name()}
 
 
 @cache
@@ -121,6 +129,6 @@ def code_version() -> str:
     hasher = blake2b(digest_size=8)
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root).as_posix()
-        if name not in UNMEASURED and not name.startswith(("claims/", "server/")):
+        if name not in UNMEASURED and not name.startswith(("claims/", "serve/", "server/")):
             hasher.update(name.encode() + file.read_bytes())
     return hasher.hexdigest()

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from strop.core.errors import StropError
-from strop.core.files import atomic, is_part_of
+from strop.core.files import atomic, is_part_of, write_json
 
 RUN = "run.json"
 """What a folder says of the run that it belongs to."""
@@ -97,9 +97,3 @@ def claim(out: Path, about: dict[str, Any], resume: bool) -> None:
                 "--resume to replace it and keep what fits"
             )
     write_json(note, about)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -51,7 +51,8 @@ def small(value: float) -> str:
 def seconds(value: float) -> str:
     """A time in seconds or milliseconds."""
     scaled, unit = (1000 * value, "ms") if value < 1 else (value, "s")
-    return f"{scaled:.3g}\N{NO-BREAK SPACE}{unit}"
+    digits = f"{scaled:,.0f}" if scaled >= 999.5 else f"{scaled:.3g}"
+    return f"{digits}\N{NO-BREAK SPACE}{unit}"
 
 
 def join(*parts: str) -> str:

@@ -19,9 +19,9 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config
 
 from strop.core.errors import StropError
-from strop.core.files import digest
+from strop.core.files import digest, write_json
 from strop.core.hooks import decoder_layers
-from strop.core.training import claim, timed, write_json
+from strop.core.training import claim, timed
 from strop.decode.checkpoint import fingerprint, new_config, save_drafter
 from strop.decode.corpus import Document, Report, Rows, Shape, document_hash, regenerate
 from strop.decode.coverage import CANDIDATES, Coverage, coverage, lines

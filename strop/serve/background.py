@@ -18,6 +18,8 @@ from strop.serve.topology import require_amount, require_count
 
 MOST = 0.95
 """Largest share: something is always left."""
+SHORTEST = 1e-3
+"""Seconds of a step: shorter ones take the time of a simulation and change nothing in it."""
 BLOCK = 1024
 """Steps of a walk that are drawn at once."""
 Traffic = Callable[[float], tuple[np.ndarray, float]]
@@ -67,6 +69,8 @@ class RandomWalk(Background):
             raise StropError(f"low must be below high, got {self.low} and {self.high}")
         require_amount("step", self.step)
         require_amount("period", self.period)
+        if self.period < SHORTEST:
+            raise StropError(f"period must be at least {SHORTEST} seconds, got {self.period}")
 
     def traffic(self, pods: int) -> Traffic:
         return _Walk(self, pods)

@@ -1,7 +1,7 @@
 """What the parts of a fleet tell one another: requests, endpoints, routing, eviction, chunks, the network.
 
-Times are seconds and sizes bytes or tokens. Endpoints of one role are columns of arrays `[E]`, not objects, so
-that a policy is a formula over all of them and its cost hardly grows with the fleet.
+Times are seconds and sizes bytes or tokens. Endpoints of one role are columns of arrays `[E]`, not objects,
+so that a policy is a formula over all of them, and its cost hardly grows with the fleet.
 """
 
 from abc import ABC, abstractmethod
@@ -179,6 +179,10 @@ class RoutingPolicy(Method, ABC):
         Must not change its arguments; may draw from `context.rng`.
         """
 
+    def room(self, request: Request, endpoints: Endpoints) -> np.ndarray:
+        """Which endpoints may take a request, `[E]`, at least one."""
+        return endpoints.room(request)
+
     def ties(self, endpoints: Endpoints, context: Context, peer: int | None) -> tuple[np.ndarray, ...]:
         """What decides between equal scores, `[E]` each, the lower the better: the requests there."""
         return (endpoints.running + endpoints.waiting + context.local.sent,)
@@ -186,15 +190,16 @@ class RoutingPolicy(Method, ABC):
     def pick(
         self, request: Request, endpoints: Endpoints, context: Context, peer: int | None = None
     ) -> Decision:
-        """The best endpoint with room; of all where none has. Ties go by `ties`, then to the lower number."""
+        """The best endpoint with room; of all where none has. Ties go by `ties`, then in turn."""
         scores = np.asarray(self.scores(request, endpoints, context, peer), dtype=np.float64)
-        room = endpoints.room(request)
+        room = self.room(request, endpoints)
         if not room.all():
             scores = np.where(room, scores, np.inf)
         best = np.flatnonzero(scores == scores.min())
         if len(best) > 1:
-            keys = self.ties(endpoints, context, peer)
-            best = best[np.lexsort([key[best] for key in reversed(keys)])]
+            turn = (best - context.local.picked) % len(endpoints)
+            keys = [key[best] for key in self.ties(endpoints, context, peer)]
+            best = best[np.lexsort([turn, *reversed(keys)])]
         return Decision(int(best[0]), scores)
 
 

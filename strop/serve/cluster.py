@@ -19,6 +19,7 @@ from strop.serve.topology import FatTree, Flat, Topology
 
 VERSION = 1
 ROLES = ("prefill", "decode", "both")
+ORDERS = ("fcfs", "program")
 NAMES: dict[type, dict[str, type]] = {
     Topology: {"fat_tree": FatTree, "flat": Flat},
     Latency: {"roofline": Roofline, "pipeline": Pipeline},
@@ -47,10 +48,16 @@ class Group(Method):
     """Which cached blocks go when memory is needed."""
     reuse: Reuse = field(default_factory=lambda: Reuse(L=300.0))
     """How soon blocks are used again, for evictors that ask."""
+    tune: bool = False
+    """Whether `reuse` follows how long sessions are away, where prompts and answers share an instance."""
     holes: bool = False
     """Whether a cached block behind a missing one serves."""
     chunk: BatchPolicy = field(default_factory=Fixed)
     """Prompt tokens an iteration, where prompts and answers share an instance."""
+    order: str = "fcfs"
+    """Who goes first where they do: who came first, or of whose program (session) the first request did."""
+    pin: bool = False
+    """Whether KV is kept while a tool runs, as long as is likely to pay, where they do."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -61,6 +68,10 @@ class Group(Method):
         for name in ("each", "kv_tokens", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.order not in ORDERS:
+            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        if self.role != "both" and (self.pin or self.tune or self.order != "fcfs"):
+            raise ValueError(f"pin, tune and order are for instances of both roles, not for {self.role}")
         if not self.hosts:
             raise ValueError("hosts must name at least one host")
 
@@ -105,8 +116,13 @@ class Cluster(Method):
 
     @classmethod
     def load(cls, path: Path) -> "Cluster":
-        """Read a cluster's file. Raises StropError with one sentence for anything wrong in it."""
-        return cls.from_dict(read_yaml(path, "cluster"))
+        """Read a file of a cluster or of a plan. Raises StropError with one sentence for anything wrong."""
+        data = read_yaml(path, "cluster")
+        if is_plan(data):
+            from strop.serve.plan import deploy
+
+            return deploy.load(path)
+        return cls.from_dict(data)
 
     @classmethod
     def from_dict(cls, data: Any) -> "Cluster":
@@ -119,6 +135,11 @@ class Cluster(Method):
             raise StropError("a cluster lists its `instances`, at least one group")
         found = tuple(construct(Group, one, f"instances[{i}]", _part) for i, one in enumerate(groups))
         return construct(cls, rest, "cluster", _part, given={"instances": found})
+
+
+def is_plan(data: Any) -> bool:
+    """Whether a file's data are a deployment plan, as `strop plan` writes it."""
+    return isinstance(data, dict) and "strop_plan" in data
 
 
 def _part(where: str, node: Any, wanted: tuple[type, ...]) -> Any:

@@ -7,14 +7,12 @@ and it joins the batch where the iteration under way ends.
 from collections import deque
 from collections.abc import Callable
 
+from strop.serve.base import Job
 from strop.serve.batch import Batch
 from strop.serve.events import Clock
 from strop.serve.instance import Flight, Pool
 from strop.serve.latency import Latency
 from strop.serve.store import KVStore
-
-RECENT = 0.05
-"""Weight of the newest request in what a request takes."""
 
 
 class Decode:
@@ -42,12 +40,10 @@ class Decode:
         self._needed = 0
         """Tokens of those that wait for room."""
         self._version, self._planned, self._extra = 0, 0, 0.0
-        self._usual = 0.0
-        """Seconds that requests took of late, from joining to their end."""
 
     def submit(self, flight: Flight) -> None:
         """Take a request in, to be sent here when there is room."""
-        self.waiting.append(flight)
+        self._queue(self.waiting, flight)
         self._needed += self.tokens(flight)
         self._admit()
         self._show()
@@ -65,6 +61,10 @@ class Decode:
         """Blocks that have no hash: those of its answer, and of a prompt without hashes."""
         whole = -(-(flight.job.request.prompt + flight.job.output) // self.block)
         return whole - len(flight.job.request.blocks)
+
+    def _queue(self, queue: deque[Flight], flight: Flight) -> None:
+        """Let a request wait: behind all others."""
+        queue.append(flight)
 
     def _admit(self) -> None:
         """Give room to those that wait, in order."""
@@ -142,10 +142,26 @@ class Decode:
 
     def _end(self, flight: Flight) -> None:
         flight.ended = self.batch.time
-        self.store.release(flight.job.request.blocks, self.anonymous(flight), self.clock.now)
-        took = flight.ended - flight.moved
-        self._usual += (RECENT if self._usual else 1.0) * (took - self._usual)
+        self._release(flight)
+        self.pool.hear(flight.job.output)
         self.done(flight)
+
+    def _release(self, flight: Flight) -> None:
+        """Cache its blocks, and those that its answer filled as the next turn will ask for them."""
+        request, now = flight.job.request, self.clock.now
+        said = spoken(flight.job, self.block)
+        if not said:
+            self.store.release(request.blocks, self.anonymous(flight), now)
+            return
+        self.store.release((), self.anonymous(flight), now)
+        held = self.store.acquire(said, 0, now)
+        self.store.release(request.blocks, 0, now)
+        if held:
+            self._leave(flight, said)
+            self.store.release(said, 0, now)
+
+    def _leave(self, flight: Flight, said: tuple[int, ...]) -> None:
+        """The next turn will ask for these blocks, which are still in use."""
 
     def _show(self) -> None:
         """Write what a router sees."""
@@ -157,5 +173,17 @@ class Decode:
         live.queued[i] = self._needed
         fixed, token = self.latency.decode(running + 1)
         live.step[i] = fixed + token * (batch.held + self._promised_tokens)
-        late = waiting and running and (waiting + 1) * self._usual / running
-        self.pool.until[i] = self.clock.now + late if late else 0.0
+        until = 0.0
+        if running and (waiting or running >= self.most):
+            until = self.clock.now + (waiting + 1) * self.pool.answer * batch.step() / running
+        self.pool.until[i] = until
+
+
+def spoken(job: Job, block: int) -> tuple[int, ...]:
+    """Blocks that a prompt and its answer have filled, as the next turn names them; none without one."""
+    if job.next is None:
+        return ()
+    whole, blocks = job.request.prompt // block, job.next.request.blocks
+    if blocks[:whole] != job.request.blocks[:whole]:
+        return ()
+    return blocks[: min(job.request.prompt + job.output, job.next.request.prompt) // block]

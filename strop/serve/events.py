@@ -10,23 +10,24 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.events = 0
-        """Calls made so far."""
         self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._asked = 0
+
+    @property
+    def events(self) -> int:
+        """Calls made so far."""
+        return self._asked - len(self._heap)
 
     def at(self, time: float, call: Callable[..., None], *args: Any) -> None:
         """Call at a time, which must not be past."""
         if time < self.now:
             raise ValueError(f"asked at {self.now} for a call at {time}")
-        self._asked += 1
-        heappush(self._heap, (time, self._asked, call, args))
+        self._asked = number = self._asked + 1
+        heappush(self._heap, (time, number, call, args))
 
     def run(self, until: float = float("inf")) -> None:
         """Make calls until none is left, or the next one is later than `until`."""
-        heap, done = self._heap, 0
+        heap = self._heap
         while heap and heap[0][0] <= until:
             self.now, _, call, args = heappop(heap)
             call(*args)
-            done += 1
-        self.events += done

@@ -21,13 +21,15 @@ from strop.serve.gain import Gain, gain
 from strop.serve.results import Results
 from strop.serve.routing import policy as named
 from strop.serve.simulate import Simulation
-from strop.serve.traces import replay
+from strop.serve.traces import replay, split
 from strop.serve.tuning import tune
 
 TUNED = "cache-load"
 HELD_OUT = 0.2
 """Share of the trace's time that weights are tuned on."""
 Report = Callable[[str, float], None]
+Draw = Callable[[int], Trace]
+"""The trace of a seed: a file is the same for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +62,12 @@ class Worker:
     """Runs one policy under one seed."""
 
     cluster: Cluster
-    trace: Trace
+    draw: Draw
     settings: Settings
 
     def __call__(self, task: tuple[RoutingPolicy, int], report: Report) -> Results:
         policy, seed = task
-        made = replay(self.trace, self.settings.rate, self.settings.spread, seed)
+        made = replay(self.draw(seed), self.settings.rate, self.settings.spread, seed)
         simulation = Simulation(self.cluster, made, policy, seed)
         results = simulation.run()
         simulation.check()
@@ -97,13 +99,14 @@ class Experiment:
 
 def experiment(
     cluster: Cluster,
-    trace: Trace,
+    draw: Draw,
     settings: Settings,
     where: Executor | None = None,
     report: Report = lambda what, share: None,
     tell: Callable[[str], None] = lambda sentence: None,
 ) -> Experiment:
     """Simulate. Raises StropError for what does not fit together."""
+    trace = draw(0)
     expected = expect(cluster, trace)
     if expected is not None:
         tell(f"Network-aware routing: {expected.verdict}.")
@@ -112,11 +115,11 @@ def experiment(
     if TUNED in policies:
         tuning = partial(_mean_ttft, cluster, dataclasses.replace(settings, seeds=1), report)
         found = tune(tuning, trace, HELD_OUT)
-        policies[TUNED], trace = found.policy, found.rest
+        policies[TUNED], draw = found.policy, partial(_rest, draw)
         tuned = found.policy.fields() | {"share": HELD_OUT}
     tasks = [(name, seed) for seed in range(settings.seeds) for name in policies]
     runs: dict[str, list[Any]] = {name: [None] * settings.seeds for name in policies}
-    with (where or Local()).workers(partial(Worker, cluster, trace, settings)) as run:
+    with (where or Local()).workers(partial(Worker, cluster, draw, settings)) as run:
         report("simulating", 0.0)
         drawn = [(policies[name], seed) for name, seed in tasks]
         for done, (number, results) in enumerate(run(drawn, lambda index, what, share: None), 1):
@@ -148,7 +151,17 @@ def _mean_ttft(
     cluster: Cluster, settings: Settings, report: Report, policy: RoutingPolicy, trace: Trace
 ) -> float:
     report(f"tuning {TUNED}", 0.0)
-    return float(Worker(cluster, trace, settings)((policy, 0), report).ttft().mean())
+    return float(Worker(cluster, partial(alike, trace), settings)((policy, 0), report).ttft().mean())
+
+
+def alike(trace: Trace, seed: int) -> Trace:
+    """The trace that every seed has."""
+    return trace
+
+
+def _rest(draw: Draw, seed: int) -> Trace:
+    """What is left of a trace behind the part that weights are tuned on."""
+    return split(draw(seed), HELD_OUT)[1]
 
 
 def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,11 @@ from strop.serve.base import Endpoints, Job
 from strop.serve.latency import Run
 from strop.serve.store import PrefixIndex
 
+ANSWER = 500.0
+"""Tokens that an answer is taken to have before any has ended."""
+RECENT = 0.05
+"""Weight of the newest answer in what an answer has."""
+
 
 @dataclass(slots=True, eq=False)
 class Flight:
@@ -38,6 +43,12 @@ class Flight:
     """Prompt tokens that were not sent, since they were there."""
     recomputed: float = 0.0
     """Seconds that computing the rest took."""
+    before: "Flight | None" = field(default=None, repr=False)
+    """The turn of its session that came before."""
+    since: float = nan
+    """When the first turn of its session arrived."""
+    kept: bool = False
+    """Whether its KV was pinned where it came."""
 
 
 class Pool:
@@ -51,6 +62,8 @@ class Pool:
         self.refresh = refresh
         self.until = np.zeros(len(nodes))
         """When each would begin a request that comes now; 0 for at once."""
+        self.answer, self._answers = ANSWER, 0
+        """Tokens of an answer of late, the same for all instances, that none looks better for being new."""
         self.live = Endpoints(
             node=nodes,
             capacity=capacity,
@@ -68,6 +81,11 @@ class Pool:
 
     def __len__(self) -> int:
         return len(self.until)
+
+    def hear(self, output: int) -> None:
+        """Learn how many tokens an answer had that has ended."""
+        self._answers += 1
+        self.answer += max(RECENT, 1 / self._answers) * (output - self.answer)
 
     def seen(self, now: float) -> Endpoints:
         """What a router knows now."""

@@ -72,6 +72,8 @@ class Pipeline(Latency):
     """A pipeline whose slowest stage sets the pace; of M stages, a pass takes M times as long."""
 
     stages: int = 1
+    prefill_base: float = 0.0
+    """Seconds of a pass with prompts in the slowest stage, however many tokens."""
     prefill_token: float
     """Seconds a token in the slowest stage."""
     decode_stage: tuple[float, ...]
@@ -82,9 +84,12 @@ class Pipeline(Latency):
             raise ValueError("a pipeline has a stage, and seconds for at least one request")
         if not all(0 < value < math.inf for value in (self.prefill_token, *self.decode_stage)):
             raise ValueError("seconds of a stage must be above 0")
+        if not 0 <= self.prefill_base < math.inf:
+            raise ValueError(f"prefill_base must be seconds, 0 or more, got {self.prefill_base}")
 
     def prefill(self, runs: Sequence[Run]) -> float:
-        return self.prefill_token * sum(n for n, _ in runs)
+        tokens = sum(n for n, _ in runs)
+        return self.prefill_base + self.prefill_token * tokens if tokens else 0.0
 
     def cost(self, block: int) -> RecomputeCost:
         return RecomputeCost.of(self.prefill_token, 0.0, block)

@@ -2,18 +2,27 @@
 
 Every iteration gives each request that decodes one token and computes some tokens of the prompts that wait,
 in order; cached tokens inside a chunk cost nothing but attention. Iterations without prompts are one sum.
+
+Where Continuum (arXiv 2511.02230) is asked for, KV stays pinned while a tool runs, and a pin that is there
+when the next turn comes lasts until that is taken in. With programs in order, such turns go first, then those
+whose program began first; a prompt that has begun is finished before.
 """
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 
 from strop.serve.base import BatchPolicy
 from strop.serve.decode import Decode
 from strop.serve.events import Clock
 from strop.serve.instance import Flight, Pool
 from strop.serve.latency import Latency, Run
+from strop.serve.pinning import ContinuumTTL
 from strop.serve.prefill import to_compute
 from strop.serve.store import KVStore
+
+RECENTLY, EVERY = 1000, 64
+"""Returns of sessions that reuse times are taken from, and those between two times that the evictor hears."""
 
 
 class Mixed(Decode):
@@ -31,18 +40,63 @@ class Mixed(Decode):
         done: Callable[[Flight], None],
         chunk: BatchPolicy,
         holes: bool,
+        order: str,
+        ttl: ContinuumTTL | None,
+        tune: bool,
     ) -> None:
+        """`ttl`: how long KV is pinned, None for never; `tune`: whether the evictor hears of reuse times."""
         self.prompts: deque[Flight] = deque()
         """Those that have room and are not computed yet."""
-        super().__init__(number, pool, latency, store, block, most, clock, self.prompts.append, done)
-        self.chunk, self.holes = chunk, holes
+        super().__init__(number, pool, latency, store, block, most, clock, self._compute, done)
+        self.chunk, self.holes, self.order, self.ttl = chunk, holes, order, ttl
+        self.tune, self._away, self._returned = tune, deque[float](maxlen=RECENTLY), 0
         self._finished: list[Flight] = []
         """Those whose last chunk is in the iteration under way."""
 
     def submit(self, flight: Flight) -> None:
+        if flight.before is not None:
+            self._return(flight, flight.before)
         super().submit(flight)
         if self.prompts:
             self._wake()
+
+    def _return(self, flight: Flight, before: Flight) -> None:
+        """Learn how long a session was away, and keep what is pinned until its turn."""
+        now, session, away = self.clock.now, flight.job.request.session, self.clock.now - before.ended
+        if self.ttl is not None and before.job.request.tool_call:
+            self.ttl.observe(away)
+        self._away.append(away)
+        self._returned += 1
+        if self.tune and self._returned % EVERY == 0:
+            self.store.evictor.tune(self._away, now)
+        until, blocks = self.store.pinned.get(session, (0.0, ()))
+        flight.kept = until > now
+        if flight.kept:
+            self.store.pin(session, blocks, inf, now)
+
+    def _compute(self, flight: Flight) -> None:
+        """It has room: let its prompt wait to be computed."""
+        self.store.unpin(flight.job.request.session, self.clock.now)
+        self._queue(self.prompts, flight)
+
+    def _queue(self, queue: deque[Flight], flight: Flight) -> None:
+        place = len(queue)
+        if self.order == "program":
+            while place and _turn(flight) < _turn(queue[place - 1]):
+                place -= 1
+        queue.insert(place, flight)
+
+    def _leave(self, flight: Flight, said: tuple[int, ...]) -> None:
+        """After a call of a tool, pin what was said if that pays, or else let the evictor know."""
+        request, store, now = flight.job.request, self.store, self.clock.now
+        if not request.tool_call:
+            return
+        saved = self.latency.prefill([(len(said) * self.block, 0)])
+        keep = self.ttl.ttl(saved, len(said) / store.capacity) if self.ttl is not None else 0.0
+        if keep > 0:
+            store.pin(request.session, said, now + keep, now)
+        else:
+            store.evictor.on_tool_call(said, now)
 
     def _look(self, flight: Flight) -> None:
         """Nothing is sent; what is here is not computed."""
@@ -95,3 +149,8 @@ class Mixed(Decode):
         queued += sum(flight.job.request.prompt for flight in self.waiting)
         until = self.pool.until
         until[self.number] = max(until[self.number], self.clock.now) + self.latency.prefill([(queued, 0)])
+
+
+def _turn(flight: Flight) -> tuple[bool, bool, float]:
+    """What programs in order are sorted by: the prompt that has begun, those with a pin, their beginnings."""
+    return not flight.recomputed, not flight.kept, flight.since

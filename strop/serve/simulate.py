@@ -22,6 +22,7 @@ from strop.serve.instance import Flight, Pool
 from strop.serve.mixed import Mixed
 from strop.serve.network import Network
 from strop.serve.oracle import Telemetry
+from strop.serve.pinning import ContinuumTTL
 from strop.serve.prefill import Prefill
 from strop.serve.results import TIMES, Results, collect
 from strop.serve.routing.jsq import JSQ
@@ -71,12 +72,12 @@ class Simulation:
 
     def run(self) -> Results:
         """Serve the whole trace."""
-        start = time.perf_counter()
+        start = time.process_time()
         self._expect(0)
         self.clock.run()
         self.flights.sort(key=lambda flight: flight.arrived)
         spans = [span for decode in self.decodes for span in decode.batch.spans]
-        return collect(self.flights, spans, self.clock.events, time.perf_counter() - start)
+        return collect(self.flights, spans, self.clock.events, time.process_time() - start)
 
     def check(self) -> None:
         """Raise AssertionError unless every request ended once and nothing was lost or made up."""
@@ -86,7 +87,8 @@ class Simulation:
             assert all(a <= b for a, b in pairwise(steps)), steps
         for instance in (*self.prefills, *self.decodes):
             instance.store.check()
-            assert instance.store.used == 0 and not instance.waiting
+            pinned = {block for _, blocks in instance.store.pinned.values() for block in blocks}
+            assert instance.store.used == len(pinned) and not instance.waiting
         asked = 0.0 if self.cluster.shared else sum(self._bytes(flight) for flight in self.flights)
         assert abs(self.network.ended - asked) <= 1e-9 * asked
         self.network.check()
@@ -112,7 +114,9 @@ class Simulation:
     def _mixed(self, number: int, group: Group) -> Mixed:
         pool = self.decoding.pool
         parts = (group.latency, self._store(number, group, pool), self.trace.block, group.batch, self.clock)
-        return Mixed(number, pool, *parts, self._ended, group.chunk, group.holes)
+        ttl = ContinuumTTL() if group.pin else None
+        how = (group.chunk, group.holes, group.order, ttl, group.tune)
+        return Mixed(number, pool, *parts, self._ended, *how)
 
     def _store(self, number: int, group: Group, pool: Pool) -> KVStore:
         capacity = group.kv_tokens // self.trace.block
@@ -128,8 +132,9 @@ class Simulation:
         self._expect(number + 1)
         self._arrive(self.trace.jobs[number])
 
-    def _arrive(self, job: Job) -> None:
-        flight = Flight(job, self.clock.now)
+    def _arrive(self, job: Job, before: Flight | None = None) -> None:
+        now = self.clock.now
+        flight = Flight(job, now, before=before, since=before.since if before else now)
         self.flights.append(flight)
         if self.cluster.shared:
             flight.decode = flight.prefill = self.decoding.pick(flight, self.clock.now)
@@ -160,7 +165,7 @@ class Simulation:
     def _ended(self, flight: Flight) -> None:
         job = flight.job
         if job.next is not None:
-            self.clock.at(self.clock.now + job.gap, self._arrive, job.next)
+            self.clock.at(self.clock.now + job.gap, self._arrive, job.next, flight)
 
     def _source(self, flight: Flight) -> int:
         return int(self.prefilling.pool.live.node[flight.prefill])

@@ -265,11 +265,16 @@ class KVStore:
         """End one pin."""
         self._let_go(self.pinned.pop(session)[1], now)
 
+    def _lapse(self, session: int, now: float) -> None:
+        """End a pin whose session is still away: what it called runs on, which evictors may heed."""
+        self.evictor.on_tool_call(self.pinned[session][1], now)
+        self._end(session, now)
+
     def _expire(self, now: float) -> None:
         """End the pins whose time is over, in order."""
         for until, session in sorted((until, session) for session, (until, _) in self.pinned.items()):
             if until <= now:
-                self._end(session, until)
+                self._lapse(session, until)
         self._due = min((until for until, _ in self.pinned.values()), default=np.inf)
 
     def _unpin_for(self, blocks: Sequence[int], anonymous: int, now: float) -> bool:
@@ -283,5 +288,5 @@ class KVStore:
         if self.used - freed + need > self.capacity:
             return False
         while self.used + len(blocks) - self._shared(blocks) + anonymous > self.capacity:
-            self._end(next(reversed(self.pinned)), now)
+            self._lapse(next(reversed(self.pinned)), now)
         return True

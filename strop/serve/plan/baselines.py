@@ -74,6 +74,10 @@ class MemoryProportional(PlacementPlanner):
 
 
 def _lack(groups: Groups, slowest: np.ndarray, stages: int | None = None) -> str:
+    if groups.model.blocks < len(groups.devices):
+        return (
+            f"{groups.model.name} has {groups.model.blocks} blocks, fewer than devices; name fewer of these"
+        )
     if not np.isfinite(slowest).any():
         return "some device has too little memory for its blocks; use another --planner"
     mask = groups.everyone if stages is None else (1 << stages) - 1

@@ -15,7 +15,8 @@ from strop.serve.plan.model import ModelShape
 from strop.serve.plan.plan import DECODE, PREFILL, Stage
 from strop.serve.plan.workload import Workload
 
-KEPT_TABLES = 128
+KEPT_BYTES = 256 << 20
+"""Of tables."""
 
 
 class Load(NamedTuple):
@@ -36,7 +37,7 @@ class Costs:
 
     def __init__(self, devices: list[Device], links: Links, model: ModelShape, workload: Workload) -> None:
         self.devices, self.links, self.model, self.workload = devices, links, model, workload
-        self.table = lru_cache(KEPT_TABLES)(self._table)
+        self.table = lru_cache(KEPT_BYTES // (16 * LARGEST_BATCH * model.blocks**2))(self._table)
 
     def load(self, role: str, stages: int) -> Load:
         """What a request costs in a role; one that decodes is in a micro-batch of ceil(b / stages)."""

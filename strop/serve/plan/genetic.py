@@ -2,7 +2,8 @@
 
 An individual has two chromosomes: the devices in some order, and the sizes of the groups into which the
 order is cut. Not stated in the paper and chosen here: roulette on 1 / phase, order crossover, that elites
-differ in their partitions, and the numbers of individuals, generations and elites.
+differ in their partitions, that a child mutates once more if its partition is known, and the numbers of
+individuals, generations and elites.
 """
 
 import math
@@ -74,7 +75,8 @@ class Genetic(Search):
                 rng.choices(some, fitness([judged(one)[0][0] for one in some]), k=self.population)
                 for some in (elites, people)
             ]
-            people = [self._child(rng, *pair) for pair in zip(*parents, strict=True)]
+            children = [self._child(rng, *pair) for pair in zip(*parents, strict=True)]
+            people = [mutated(rng, one) if tuple(sorted(cut(one))) in seen else one for one in children]
         return min((judged(one) for one in [*elites, *people]), key=lambda one: one[0])[1]
 
     def _child(self, rng: Random, one: Individual, other: Individual) -> Individual:

@@ -14,7 +14,7 @@ import numpy as np
 from strop.serve.plan.plan import DECODE, MIXED, PREFILL
 from strop.serve.plan.replica import SAME, Groups, Rates
 
-EXACT = 14
+EXACT = 12
 """Replicas up to which all 2^R - 2 assignments are tried; beyond, only those that are prefixes when sorted by
 what speaks for prefill."""
 
@@ -68,20 +68,16 @@ class Disaggregated(Objective):
             return Judged(np.full(len(rates), np.inf), np.zeros_like(prompt, bool), np.zeros((len(rates), 4)))
         taken = chosen.astype(float)
         with np.errstate(divide="ignore"):
-            phase = np.maximum(
-                size.prompt / np.einsum("pr,pvr->pv", prompt, taken),
-                size.output / np.einsum("pr,pvr->pv", speed, 1 - taken),
-            )
-        useful = (prompt > 0)[:, None] & chosen, (speed > 0)[:, None] & ~chosen
-        fits = (useful[0].sum(-1) >= self.min_replicas) & (useful[1].sum(-1) >= self.min_replicas)
+            phase = np.maximum(size.prompt / _sums(taken, prompt), size.output / _sums(1 - taken, speed))
+        useful = _sums(taken, prompt > 0), _sums(1 - taken, speed > 0)
+        fits = np.minimum(*useful) >= self.min_replicas
         if self.ordered:
-            slowest = np.where(useful[0], prompt[:, None], np.inf).min(-1)
-            fits &= slowest >= np.where(useful[1], prompt[:, None], 0.0).max(-1)
+            slowest = np.where(chosen & (prompt > 0)[:, None], prompt[:, None], np.inf).min(-1)
+            fits &= slowest >= np.where(chosen | (speed <= 0)[:, None], 0.0, prompt[:, None]).max(-1)
         phase = np.where(fits, phase, np.inf)
-        wasted = ((prompt > 0) | (speed > 0)).sum(-1)[:, None] - useful[0].sum(-1) - useful[1].sum(-1)
-        places = -np.einsum("pr,pvr->pv", places, 1 - taken)
         chosen = np.broadcast_to(chosen, (*phase.shape, chosen.shape[-1]))
-        ties = np.stack([wasted, chosen.sum(-1), places, _code(chosen)], -1)
+        wasted = ((prompt > 0) | (speed > 0)).sum(-1)[:, None] - useful[0] - useful[1]
+        ties = np.stack([wasted, chosen.sum(-1), -_sums(1 - taken, places), _code(chosen)], -1)
         best = phase.min(-1)
         near = phase <= best[:, None] * (1 + SAME)
         at = np.array([_first(ties[p], near[p]) for p in range(len(rates))])
@@ -129,6 +125,11 @@ def assignments(prompt: np.ndarray, speed: np.ndarray, ordered: bool = False) ->
 def _all(replicas: int) -> np.ndarray:
     codes = np.arange(1, max(2**replicas - 1, 1))
     return (codes[:, None] >> np.arange(replicas)[::-1] & 1).astype(bool)
+
+
+def _sums(taken: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Of the values `[P, R]` that each vector takes `[P, V]`."""
+    return np.matmul(taken, values[..., None].astype(float))[..., 0]
 
 
 def _code(chosen: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ class Search(PlacementPlanner):
         groups = Groups(devices, links, model, workload, self.min_tps)
         found = self.search(groups, report)
         if not found.phase < np.inf:
-            raise StropError(why_not(groups, self.objective, report))
+            raise StropError(why_not(groups, self.objective))
         roles = self.objective.roles(found.prefill)
         serving = [
             groups.replica(mask, role)
@@ -68,15 +68,15 @@ def serves(rates: tuple[float, float, int], role: str) -> bool:
 
 def deployed(name: str, groups: Groups, replicas: Sequence[Replica], phase: float) -> DeploymentPlan:
     """A plan of replicas, those that prefill first, then the faster ones."""
-    ordered = sorted(replicas, key=lambda replica: (-ROLES.index(replica.role) % 3, -replica.speed))
+    ordered = sorted(replicas, key=lambda replica: (ROLES.index(replica.role), -replica.speed))
     busy = {stage.device for replica in ordered for stage in replica.stages}
-    size = groups.workload
+    load = groups.workload
     return DeploymentPlan(
         planner=name,
         model=groups.model.name,
         blocks=groups.model.blocks,
-        kv_bytes=sum(groups.model.kept(size.prompt)) / size.prompt,
-        workload=size,
+        kv_bytes=sum(groups.model.kept(load.prompt)) / load.prompt,
+        workload=load,
         min_tps=groups.min_tps,
         phase=phase,
         links=groups.links,
@@ -85,7 +85,7 @@ def deployed(name: str, groups: Groups, replicas: Sequence[Replica], phase: floa
     )
 
 
-def why_not(groups: Groups, objective: Objective, report: Report) -> str:
+def why_not(groups: Groups, objective: Objective) -> str:
     """One sentence on why no partition serves, and the way out."""
     model, devices = groups.model, groups.devices
     apart = isinstance(objective, Disaggregated)
@@ -104,7 +104,7 @@ def why_not(groups: Groups, objective: Objective, report: Report) -> str:
         names = ", ".join(devices[k].name for k in groups.members(fastest))
         return (
             f"no group of devices gives a request {groups.min_tps:g} tokens a second: the best is "
-            f"{decoding[fastest]:.3g}, of {names} alone; lower --min-tps"
+            f"{decoding[fastest]:.3g}, with one request on {names}; lower --min-tps"
         )
     need = 2 * model.weight_bytes
     have = sum(map(_holds, devices))

@@ -30,11 +30,6 @@ class Workload:
                 kind = "tokens from 1 to 1e9" if least else "seconds above 0, 1e9 at most"
                 raise StropError(f"{name} of a workload is a number of {kind}, got {quoted(value)}")
 
-    @property
-    def ratio(self) -> float:
-        """Tokens in for each token out."""
-        return self.prompt / self.output
-
     def to_dict(self) -> dict[str, float | None]:
         """As files say it."""
         said = asdict(self)

@@ -16,3 +16,8 @@ class JSQ(RoutingPolicy):
         self, request: Request, endpoints: Endpoints, context: Context, peer: int | None
     ) -> np.ndarray:
         return wait(endpoints, context.local)
+
+    def room(self, request: Request, endpoints: Endpoints) -> np.ndarray:
+        """A full endpoint that has a queue is judged by its queue, so that all queues take equally long."""
+        fits = (endpoints.free >= request.prompt) | (endpoints.wait > 0)
+        return fits if fits.any() else endpoints.room(request)
