@@ -171,12 +171,14 @@ class Decode:
         live.running[i] = running
         live.waiting[i] = waiting
         live.queued[i] = self._needed
+        held = batch.held + self._promised_tokens
         fixed, token = self.latency.decode(running + 1)
-        live.step[i] = fixed + token * (batch.held + self._promised_tokens)
-        until = 0.0
+        live.step[i] = fixed + token * held
+        self.pool.until[i] = 0.0
         if running and (waiting or running >= self.most):
-            until = self.clock.now + (waiting + 1) * self.pool.answer * batch.step() / running
-        self.pool.until[i] = until
+            fixed, token = self.latency.decode(running)
+            seconds = self.pool.answer * (fixed + token * held)
+            self.pool.until[i] = self.clock.now + (waiting + 1) * seconds / running
 
 
 def spoken(job: Job, block: int) -> tuple[int, ...]:

@@ -71,7 +71,7 @@ def pipeline(replica: Replica, size: Workload) -> Pipeline:
     stages, pace = len(replica.stages), replica.pace
     slowest = max(pieces, key=lambda piece: piece.prompt(size))
     if replica.role == MIXED:
-        micro = math.ceil(replica.concurrency / stages)
+        micro = min(math.ceil(replica.concurrency / stages), len(pace))
         turns = size.output * stages / replica.concurrency
         slowest = max(pieces, key=lambda piece: piece.prompt(size) + turns * piece.decode[micro - 1])
         pace = slowest.decode
