@@ -23,8 +23,8 @@ import strop
 from strop.audit.memory import peak_bytes, reset_peak
 from strop.audit.sae import SAE
 from strop.audit.survival import dictionary, reader, survival
+from strop.core.files import write_json
 from strop.core.machine import machine
-from strop.core.training import write_json
 from strop.model import Model
 from strop.models.zoo import zoo_path
 from strop.weights import RTN

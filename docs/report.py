@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from report_audit import TABLES as AUDIT
+from report_fleet import TABLES as FLEET
 from report_speed import (
     decode,
     drafts,
@@ -165,6 +166,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     **{paper: ("claims.json", partial(verdicts, paper=paper)) for paper in PAPERS},
     **WEIGHTS,
     **AUDIT,
+    **FLEET,
 }
 
 

@@ -10,7 +10,7 @@ from strop.core.errors import StropError
 from strop.serve.base import Job, Request, Trace
 from strop.serve.gain import gain
 from strop.serve.routing.netkv import NetKVStatic
-from strop.serve.tuning import split, tune
+from strop.serve.tuning import tune
 
 MOONCAKE = {"bandwidth": (450e9, 12.5e9, 5e9, 2.5e9), "nbytes": 12_035 * 327_680, "prefill": 0.977}
 
@@ -91,7 +91,7 @@ def test_a_bound_of_what_makes_no_sense_is_refused(wrong):
 
 
 def test_tuning_finds_the_weights_of_the_least_cost_on_jobs_that_are_not_measured():
-    trace = Trace("made", [Job(Request(id, 1), 1) for id in range(50)])
+    trace = Trace("made", [Job(Request(id, 1), 1, float(id)) for id in range(50)])
     seen = []
 
     def evaluate(method, part):
@@ -106,8 +106,9 @@ def test_tuning_finds_the_weights_of_the_least_cost_on_jobs_that_are_not_measure
 
 
 def test_tuning_refuses_a_slice_without_jobs_or_without_a_cost():
-    trace = Trace("made", [Job(Request(id, 1), 1) for id in range(3)])
-    with pytest.raises(StropError, match="one side empty"):
-        split(trace, 0.1)
+    at_once = Trace("made", [Job(Request(id, 1), 1) for id in range(3)])
+    with pytest.raises(StropError, match="no request is on one side"):
+        tune(lambda method, part: 0.0, at_once)
+    trace = Trace("made", [Job(Request(id, 1), 1, float(id)) for id in range(3)])
     with pytest.raises(StropError, match="larger share"):
         tune(lambda method, part: float("nan"), trace, 0.5)
