@@ -7,7 +7,7 @@ import pytest
 
 from strop.core.errors import StropError
 from strop.serve.base import Job, Request, Trace
-from strop.serve.traces import agents, documents, fixed, generate, replay, sessions, split
+from strop.serve.traces import agents, around, documents, fixed, generate, replay, sessions, split
 from strop.serve.traces.base import check
 from strop.serve.traces.generated import SHAPES
 
@@ -230,3 +230,12 @@ def test_a_block_in_two_places_or_a_prompt_short_of_one_is_found(blocks):
     jobs = [Job(Request(id, 600, ids), 1) for id, ids in enumerate(((0, 1), blocks))]
     with pytest.raises(ValueError, match="block"):
         check(Trace("bad", jobs))
+
+
+def test_requests_around_means_come_at_a_steady_pace():
+    made = around(576, 588, 2.0, 4000, seed=3)
+    prompts = np.array([job.request.prompt for job in made.jobs])
+    outputs = np.array([job.output for job in made.jobs])
+    assert prompts.mean() == pytest.approx(576, rel=0.03) and outputs.mean() == pytest.approx(588, rel=0.03)
+    assert prompts.std() / prompts.mean() == pytest.approx(0.5, rel=0.05) and not made.hashed
+    assert np.diff([job.arrival for job in made.jobs]) == pytest.approx(2.0)

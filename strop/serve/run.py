@@ -26,10 +26,11 @@ from strop.serve.cluster import Cluster, is_plan
 from strop.serve.experiment import HELD_OUT, Draw, Experiment, Report, Settings, alike, experiment
 from strop.serve.export import SHOWN, write_requests, write_timeline
 from strop.serve.fleet_report import write_report
+from strop.serve.plan import DeploymentPlan
 from strop.serve.results import Results
 from strop.serve.routing import policy
 from strop.serve.simulate import require_fits
-from strop.serve.traces import generate, load
+from strop.serve.traces import around, generate, load
 
 REQUESTS = 2000
 """Of the trace that is made up where none is given."""
@@ -79,7 +80,7 @@ def simulate(
         require_folder(out)
         require_parquet()
     cluster = _sane(Cluster.load(cluster_file), settings)
-    draw, about = _trace(trace_file, requests, skip_bad)
+    draw, about = _trace(cluster_file, trace_file, requests, skip_bad)
     trace = draw(0)
     for name in settings.policies:
         require_fits(cluster, trace, policy(name))
@@ -122,14 +123,15 @@ def _sane(cluster: Cluster, settings: Settings) -> Cluster:
     return cluster
 
 
-def _trace(file: Path | None, requests: int | None, skip_bad: bool) -> tuple[Draw, dict[str, Any]]:
+def _trace(
+    cluster: Path, file: Path | None, requests: int | None, skip_bad: bool
+) -> tuple[Draw, dict[str, Any]]:
     """The trace of each seed, and what that of the first is."""
     if file is not None and requests is not None:
         raise StropError(f"--requests is for the trace that is made up: leave it out, or {file}")
     if file is None and skip_bad:
         raise StropError("--skip-bad is for rows of a file: add --trace FILE, or leave it out")
-    made = partial(generate, "conversation", requests or REQUESTS)
-    draw = partial(alike, load(file, skip_bad)) if file else made
+    draw = partial(alike, load(file, skip_bad)) if file else _made(cluster, requests or REQUESTS)
     trace = draw(0)
     jobs = trace.all()
     return draw, {
@@ -142,6 +144,15 @@ def _trace(file: Path | None, requests: int | None, skip_bad: bool) -> tuple[Dra
         "skipped": getattr(trace, "skipped", 0),
         "refusal": getattr(trace, "refusal", ""),
     }
+
+
+def _made(cluster: Path, requests: int) -> Draw:
+    """Conversations; for a plan, requests as it was made for, or as fast as it can serve them."""
+    if not is_plan(read_yaml(cluster, "cluster")):
+        return partial(generate, "conversation", requests)
+    plan = DeploymentPlan.from_yaml(cluster)
+    load = plan.workload
+    return partial(around, load.prompt, load.output, load.period or plan.phase, requests)
 
 
 def _words(trace: Path | None, settings: Settings, requests: int | None, skip_bad: bool) -> list[str]:

@@ -17,6 +17,8 @@ from strop.serve.base import Job, Request, Trace
 from strop.serve.traces.base import MAX_TOKENS, Blocks, count, positive, stream, waits
 from strop.serve.traces.mooncake import BLOCK
 
+SCATTER = 0.5
+"""Coefficient of variation of lengths of which only the means are known; they are Gamma."""
 LEVELS = (0, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1)
 Quantiles = tuple[float, ...]
 """Values at `LEVELS`; between them their logarithm is linear."""
@@ -118,6 +120,17 @@ def fixed(prompt: int, requests: int = 1000, rate: float = 3.40, seed: int = 0) 
         output,
         [blocks.grow((), 0, prompt) for _ in range(number)],
     )
+
+
+def around(prompt: float, output: float, period: float, requests: int = 1000, seed: int = 0) -> Trace:
+    """Requests of lengths around these means, one every `period` seconds, that share nothing."""
+    number = count("requests", requests)
+    lengths = (
+        np.maximum(1, np.rint(waits(stream(seed, what), mean, SCATTER, number))).astype(np.int64)
+        for what, mean in (("prompt", prompt), ("output", output))
+    )
+    arrival = np.arange(number) * positive("period", period)
+    return _trace("a steady workload", arrival, *lengths, [()] * number)
 
 
 def _drawn(quantiles: Quantiles, levels: np.ndarray) -> np.ndarray:
