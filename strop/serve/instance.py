@@ -54,14 +54,18 @@ class Flight:
 class Pool:
     """The endpoints of one role as a router sees them.
 
-    Instances write into `live`. A router that asks again within `refresh` seconds gets what it got.
+    Instances write into `live`. Where reports are made now and then, a router sees the last one; which blocks
+    are cached it hears at once in any case, as engines send that by themselves.
     """
 
-    def __init__(self, nodes: np.ndarray, capacity: np.ndarray, block: int, refresh: float) -> None:
+    def __init__(self, nodes: np.ndarray, capacity: np.ndarray, block: int, reports: bool) -> None:
+        """`reports`: whether routers see what `report` took last, and not what is."""
         self.index = PrefixIndex(len(nodes))
-        self.refresh = refresh
+        self.reports = reports
         self.until = np.zeros(len(nodes))
-        """When each would begin a request that comes now; 0 for at once."""
+        """When what each is doing ends; past for nothing."""
+        self.ahead = np.zeros(len(nodes))
+        """Seconds of work that waits behind it."""
         self.answer, self._answers = ANSWER, 0
         """Tokens of an answer of late, the same for all instances, that none looks better for being new."""
         self.live = Endpoints(
@@ -76,8 +80,8 @@ class Pool:
             hits=lambda request: self.index.hits(request.blocks) * block,
         )
         self.sent = np.zeros(len(nodes), dtype=np.int64)
-        """Requests sent to each since the router last asked."""
-        self._seen, self._taken = self.live, -np.inf
+        """Requests sent to each since the report of it."""
+        self.report(0.0)
 
     def __len__(self) -> int:
         return len(self.until)
@@ -89,13 +93,17 @@ class Pool:
 
     def seen(self, now: float) -> Endpoints:
         """What a router knows now."""
-        if now - self._taken >= self.refresh:
-            np.maximum(self.until - now, 0, out=self.live.wait)
-            self.sent[:] = 0
-            self._taken = now
-            self._seen = self._copied() if self.refresh else self.live
+        if not self.reports:
+            self.report(now)
         self._seen.age = now - self._taken
         return self._seen
+
+    def report(self, now: float) -> None:
+        """Let routers know what is now."""
+        np.maximum(self.until - now, 0, out=self.live.wait)
+        self.live.wait += self.ahead
+        self.sent[:] = 0
+        self._taken, self._seen = now, self._copied() if self.reports else self.live
 
     def _copied(self) -> Endpoints:
         held = {f.name: getattr(self.live, f.name) for f in dataclasses.fields(Endpoints)}

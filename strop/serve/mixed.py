@@ -82,9 +82,20 @@ class Mixed(Decode):
     def _queue(self, queue: deque[Flight], flight: Flight) -> None:
         place = len(queue)
         if self.order == "program":
-            while place and _turn(flight) < _turn(queue[place - 1]):
+            while place and self._may_pass(flight, queue[place - 1]):
                 place -= 1
         queue.insert(place, flight)
+
+    def _may_pass(self, flight: Flight, other: Flight) -> bool:
+        """Whether it comes first by its program, and reuses nothing that the other has yet to compute."""
+        if _turn(flight) >= _turn(other):
+            return False
+        if not other.runs:
+            return True
+        first = other.runs[0][1] // self.block
+        missing = slice(first, first + 1)
+        asked = flight.job.request.blocks[missing]
+        return not asked or asked != other.job.request.blocks[missing]
 
     def _leave(self, flight: Flight, said: tuple[int, ...]) -> None:
         """After a call of a tool, pin what was said if that pays, or else let the evictor know."""
@@ -145,10 +156,9 @@ class Mixed(Decode):
 
     def _show(self) -> None:
         super()._show()
-        queued = sum(n for flight in self.prompts for n, _ in flight.runs)
-        queued += sum(flight.job.request.prompt for flight in self.waiting)
-        until = self.pool.until
-        until[self.number] = max(until[self.number], self.clock.now) + self.latency.prefill([(queued, 0)])
+        begun = sum(self.latency.prefill(flight.runs) for flight in self.prompts)
+        waiting = sum(self.latency.prefill([(flight.job.request.prompt, 0)]) for flight in self.waiting)
+        self.pool.ahead[self.number] = begun + waiting
 
 
 def _turn(flight: Flight) -> tuple[bool, bool, float]:

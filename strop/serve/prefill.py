@@ -38,10 +38,10 @@ class Prefill:
     def submit(self, flight: Flight) -> None:
         """Take a request in."""
         self.waiting.append(flight)
-        live = self.pool.live
+        live, prompt = self.pool.live, flight.job.request.prompt
         live.waiting[self.number] += 1
-        live.queued[self.number] += flight.job.request.prompt
-        self._expect(self.latency.prefill([(flight.job.request.prompt, 0)]))
+        live.queued[self.number] += prompt
+        self.pool.ahead[self.number] += self.latency.prefill([(prompt, 0)])
         self._next()
 
     def release(self, flight: Flight) -> None:
@@ -84,7 +84,9 @@ class Prefill:
         live.queued[self.number] -= request.prompt
         live.running[self.number] += 1
         live.free[self.number] = self.store.free * self.block
-        self._expect(seconds - self.latency.prefill([(request.prompt, 0)]))
+        self.pool.until[self.number] = self._free_at
+        ahead = self.pool.ahead[self.number] - self.latency.prefill([(request.prompt, 0)])
+        self.pool.ahead[self.number] = ahead if self.waiting else 0.0
         self.clock.at(now + seconds * self.latency.stages, self._end, flight)
         self._next()
 
@@ -96,11 +98,6 @@ class Prefill:
         """Blocks of the prompt that have no hash."""
         request = flight.job.request
         return 0 if request.blocks else -(-request.prompt // self.block)
-
-    def _expect(self, seconds: float) -> None:
-        """The next request begins that much later than it would have."""
-        until, now = self.pool.until, self.clock.now
-        until[self.number] = max(until[self.number], now) + seconds
 
 
 def to_compute(store: KVStore, request: Request, block: int, holes: bool) -> list[Run]:

@@ -47,8 +47,18 @@ class Results:
         later = c["output"] - 1
         return np.where(later > 0, (c["ended"] - c["first"]) / np.maximum(later, 1), np.nan)
 
+    def gap(self) -> float:
+        """Mean seconds between tokens, over tokens; 0 where no request has a second one."""
+        n, first, last, requests = self.spans.T
+        return float((n * requests * (first + last) / 2).sum() / max((n * requests).sum(), 1))
+
     def gaps(self, shares: Sequence[float]) -> np.ndarray:
-        """Quantiles of the time between tokens; iterations in a row take the mean of their ends."""
+        """Quantiles of the time between tokens; iterations in a row take the mean of their ends.
+
+        0 where no request has a second token.
+        """
+        if not len(self.spans):
+            return np.zeros(len(shares))
         n, first, last, requests = self.spans.T
         order = np.argsort((first + last) / 2, kind="stable")
         weight = np.cumsum((n * requests)[order])
@@ -66,9 +76,7 @@ class Results:
             "ttft_mean": float(ttft.mean()),
             **{f"ttft_p{q}": float(np.percentile(ttft, q)) for q in (50, 90, 99)},
             **{f"{name.replace(' ', '_')}_mean": float(v.mean()) for name, v in self.stages().items()},
-            "tbt_mean": float(
-                np.average(self.spans[:, 1:3].mean(1), weights=self.spans[:, 0] * self.spans[:, 3])
-            ),
+            "tbt_mean": self.gap(),
             "tbt_p99": float(self.gaps([0.99])[0]),
             "slo": float((ttft <= slo).mean()),
             "goodput": float((ttft <= slo).sum() / span),

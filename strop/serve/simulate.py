@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 
 from strop.core.errors import StropError
+from strop.serve.background import period_of
 from strop.serve.base import Context, Job, LocalState, RoutingPolicy, Trace
 from strop.serve.cluster import Cluster, Group
 from strop.serve.decode import Decode
@@ -59,6 +60,9 @@ class Simulation:
         self.network = Network(cluster.network, self.clock, background)
         self.oracle = Telemetry(cluster.network, self.network.traffic, cluster.telemetry)
         self.flights: list[Flight] = []
+        self._serving, self._reporting = 0, False
+        """Requests that are here, and whether reports of them are on their way."""
+        self._pools: list[Pool] = []
         self._rng = np.random.default_rng(seed)
         self.prefills: list[Prefill] = []
         self.decodes: list[Decode] = []
@@ -97,7 +101,8 @@ class Simulation:
         found, block = self.cluster.of(role), self.trace.block
         capacity = np.array([group.kv_tokens // block * block for _, group in found], dtype=np.int64)
         hosts = np.array([host for host, _ in found], dtype=np.int64)
-        pool = Pool(hosts, capacity, block, self.cluster.reports)
+        pool = Pool(hosts, capacity, block, self.cluster.reports > 0)
+        self._pools.append(pool)
         context = Context(0.0, LocalState(sent=pool.sent), self.oracle, self.cluster.kv_bytes, self._rng)
         return Router(policy, pool, context)
 
@@ -136,6 +141,10 @@ class Simulation:
         now = self.clock.now
         flight = Flight(job, now, before=before, since=before.since if before else now)
         self.flights.append(flight)
+        self._serving += 1
+        if self.cluster.reports and not self._reporting:
+            self._reporting = True
+            self.clock.at(period_of(now, self.cluster.reports)[1], self._report)
         if self.cluster.shared:
             flight.decode = flight.prefill = self.decoding.pick(flight, self.clock.now)
             self.decodes[flight.decode].submit(flight)
@@ -162,8 +171,17 @@ class Simulation:
         self.prefills[flight.prefill].release(flight)
         self.decodes[flight.decode].join(flight)
 
+    def _report(self) -> None:
+        """Instances report, and go on while there is something to report."""
+        for pool in self._pools:
+            pool.report(self.clock.now)
+        self._reporting = self._serving > 0
+        if self._reporting:
+            self.clock.at(self.clock.now + self.cluster.reports, self._report)
+
     def _ended(self, flight: Flight) -> None:
         job = flight.job
+        self._serving -= 1
         if job.next is not None:
             self.clock.at(self.clock.now + job.gap, self._arrive, job.next, flight)
 

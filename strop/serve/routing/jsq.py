@@ -12,6 +12,10 @@ from strop.serve.routing.load import wait
 class JSQ(RoutingPolicy):
     """Seconds of expected waiting."""
 
+    def ties(self, endpoints: Endpoints, context: Context, peer: int | None) -> tuple[np.ndarray, ...]:
+        """The requests there, then chance: two routers that take turns would go in step."""
+        return (*super().ties(endpoints, context, peer), context.rng.random(len(endpoints)))
+
     def scores(
         self, request: Request, endpoints: Endpoints, context: Context, peer: int | None
     ) -> np.ndarray:
