@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from strop.claims import PAPERS
-from strop.claims.asymcache import harmless, pressed, verdicts
+from strop.claims.asymcache import harmless, pressed, robust, verdicts
 from strop.claims.asymcache_bed import (
     ASYM,
     BELADY,
@@ -14,6 +14,7 @@ from strop.claims.asymcache_bed import (
     LRU,
     MADE,
     MAX_SCORE,
+    PENSIEVE,
     REAL,
     Scale,
     away,
@@ -27,13 +28,19 @@ from strop.claims.asymcache_study import (
     AGENTS,
     ALWAYS,
     CHUNKS,
+    EAGER,
+    LRU_EAGER,
+    LRU_SHRINKS,
+    PLAIN,
     SETTINGS,
+    SHRINKS,
     SYSTEMS,
     Linear,
     drawn,
     parts,
 )
-from strop.claims.asymcache_use import brings, together
+from strop.claims.asymcache_use import TIMES, brings, cells, shrinking, together, unshrunk
+from strop.claims.asymcache_use import served as use_served
 from strop.claims.base import VERDICTS, Progress, Table, joined
 from strop.core.eviction import Reuse
 from strop.serve.base import Job, Request, Trace
@@ -207,15 +214,73 @@ def test_pressure_is_where_lru_hits_some_and_not_most():
 
 def test_a_share_of_nothing_is_nothing():
     lru, plain, full = (np.array([value, 2 * value]) for value in (10.0, 9.0, 5.0))
-    assert brings(lru, plain, full, 0.8) and not brings(lru, plain, full, 0.81)
-    assert not brings(plain, plain, lru, 0.1)
+    assert brings(plain - full, lru - full, 0.8) and not brings(plain - full, lru - full, 0.81)
+    assert not brings(plain - lru, plain - lru, 0.1)
 
 
-def test_both_parts_together_are_held_against_the_better_one():
-    jobs = dict(zip(AGENTS, (10.0, 8.0, 9.0, 8.05), strict=True))
+SERVED = {
+    "system": (LRU, MAX_SCORE, PENSIEVE, PLAIN, SHRINKS, EAGER, LRU_SHRINKS, LRU_EAGER),
+    "seconds": (10.0, 10.0, 10.0, 9.0, 5.0, 6.0, 6.0, 7.0),
+}
+
+
+def serving(rates: tuple[float, ...] = (TINY.rates[-1],), **seconds: float) -> Table:
+    """What serves sessions, all of its times in two draws as told."""
+    usual = dict(zip(SERVED["system"], SERVED["seconds"], strict=True)) | seconds
+    rows = [
+        {"dataset": "loogle", "dispersion": 5.0, "rate": rate, "system": name}
+        | {measure: [time, time] for measure in TIMES}
+        for rate in rates
+        for name, time in usual.items()
+    ]
+    return Table(rows, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("control", "verdict"), [(6.0, "reproduced"), (8.0, "partly"), (9.5, "not here"), (10.0, "not here")]
+)
+def test_chunks_that_shrink_must_help_lru_as_well(control, verdict):
+    assert shrinking(TINY, serving(**{LRU_SHRINKS: control})).verdict == verdict
+
+
+def test_cells_where_chunks_never_shrank_are_named():
+    table = serving(rates=(0.01, 0.02))
+    assert unshrunk(table, cells(table)) == "chunks shrank in every cell"
+    for row in table.where(rate=0.01, system=SHRINKS):
+        row |= {measure: [9.0, 9.0] for measure in TIMES}
+    assert unshrunk(table, cells(table)).endswith("in 1 of 2 cells: loogle 5:1 at 0.01")
+    table.where(rate=0.01, system=SHRINKS)[0]["queue"] = [9.0, 9.0 + 1e-12]
+    assert unshrunk(table, cells(table)) == "chunks shrank in every cell"
+
+
+@pytest.mark.parametrize(("ahead", "verdict"), [(3, "reproduced"), (2, "partly"), (1, "not here")])
+def test_serving_is_partly_ahead_where_it_is_in_most_comparisons(ahead, verdict):
+    slow = dict.fromkeys((LRU, MAX_SCORE, PENSIEVE)[ahead:], 4.0)
+    claim = use_served(TINY, serving(**slow), "ttft", "claim", "value")
+    assert claim.verdict == verdict and "LRU with the same chunks, not judged: loogle" in claim.measured
+
+
+@pytest.mark.parametrize(("below", "verdict"), [(4, "reproduced"), (3, "partly"), (2, "not here")])
+def test_settings_are_partly_robust_where_most_are(below, verdict):
+    rows = [
+        {"setting": setting, "value": value, "hits": [0.3, 0.3], "lru": [10.0, 10.0]}
+        | {"seconds": [9.0 if place < below else 11.0] * 2}
+        for place, (setting, value) in enumerate((("L", 0.6), ("L", 1.4), ("p", 0.9), ("R", 10.0)))
+    ]
+    assert robust(TINY, Table(rows, 1.0)).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("both", "continuum", "verdict"),
+    [(8.05, 9.0, "reproduced"), (8.2, 9.0, "not here"), (8.0, 8.0, "not here"), (8.05, 8.05, "not here")],
+)
+def test_both_parts_together_must_beat_continuum_and_be_near_the_better_one(both, continuum, verdict):
+    """By system: LRU, AsymCache, Continuum, both."""
+    jobs = dict(zip(AGENTS, (10.0, 8.0, continuum, both), strict=True))
     rows = [
         {"rate": 1.0, "blocks": 5, "system": name, "job": [time] * 2, "job_p90": [time] * 2}
         for name, time in jobs.items()
     ]
     claim = together(TINY, Table(rows, 1.0))
-    assert claim.verdict == "reproduced" and claim.interval == pytest.approx((0.625, 0.625))
+    change = 100 * (both / continuum - 1)
+    assert claim.verdict == verdict and claim.interval == pytest.approx((change, change), abs=1e-9)

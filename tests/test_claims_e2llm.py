@@ -27,7 +27,7 @@ from strop.claims.e2llm_bed import (
     random_devices,
 )
 from strop.claims.e2llm_study import GENETIC, MEANS, TRACES, parts, search_study, tail_study
-from strop.claims.e2llm_waiting import CELLS, disaggregates, keeps_speed, waits_less
+from strop.claims.e2llm_waiting import CELLS, decodes_faster, disaggregates, halves, keeps_speed, waits_less
 from strop.core.errors import StropError
 from strop.serve.plan import Workload
 
@@ -156,6 +156,7 @@ def test_a_condition_is_judged_on_the_seven_devices():
     for phase, verdict in ((2.3, "reproduced"), (2.1, "not here")):
         runs = served({}, phase={SPLITWISE: phase})
         assert unconstrained(TINY, searched([1.0]), runs).verdict == verdict
+    assert "(by construction)" in unconstrained(TINY, searched([1.0]), served({})).claim
 
 
 def test_waiting_is_judged_in_every_cell():
@@ -165,6 +166,29 @@ def test_waiting_is_judged_in_every_cell():
     for row in table.where(plan=E2LLM, data="custom", period=PERIODS[-1]):
         row["wait"] = [20.0, 20.0]
     assert waits_less(TINY, table).verdict == "partly"
+
+
+@pytest.mark.parametrize(
+    ("short", "verdict"), [(8, "reproduced"), (5, "partly"), (4, "not here"), (1, "not here")]
+)
+def test_half_the_waiting_must_be_seen_in_most_cells_and_is_told_of_the_median_one(short, verdict):
+    table = served({})
+    for place, (data, period) in enumerate(CELLS):
+        (row,) = table.where(plan=E2LLM, data=data, period=period)
+        row["wait"] = [4.0 if place < short else 9.0] * 2
+    claim = halves(TINY, table)
+    median, worst = 0.4 if short > 4 else 0.9, 0.4 if short == 8 else 0.9
+    assert claim.verdict == verdict and claim.interval == pytest.approx((median, median))
+    assert f" {median:.2f} in the median cell (" in claim.measured
+    assert f" {worst:.2f} in the worst (" in claim.measured
+
+
+@pytest.mark.parametrize(("ahead", "verdict"), [(8, "reproduced"), (5, "partly"), (4, "not here")])
+def test_decoding_is_partly_faster_where_it_is_in_most_cells(ahead, verdict):
+    table = served({})
+    for data, period in CELLS[:ahead]:
+        table.where(plan=E2LLM, data=data, period=period)[0]["rate"] = [30.0, 30.0]
+    assert decodes_faster(TINY, table).verdict == verdict
 
 
 def test_the_least_speed_is_judged_by_medians():

@@ -33,7 +33,9 @@ from strop.claims.netkv_study import (
 from strop.serve.routing.round_robin import RoundRobin
 from strop.serve.traces import generate
 
-TINY = Scale(name="tiny", requests=200, seeds=2, lengths=(1024, 16384), alike=20, gpus=(64, 128), timed=20)
+TINY = Scale(
+    name="tiny", requests=200, seeds=2, lengths=(1024, 16384), alike=20, gpus=(64, 128, 256), timed=20
+)
 PLAINLY = Progress(lambda what, share: None, 1)
 
 

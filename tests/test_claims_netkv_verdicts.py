@@ -170,6 +170,16 @@ def test_gains_of_larger_fleets_may_differ_by_named_points(ttft, verdict):
     assert sizes(scale, Table(rows, 1.0)).verdict == verdict
 
 
+def test_gains_of_larger_fleets_are_not_alike_where_repetitions_leave_it_open():
+    """The same mean gain, whose repetitions differ by far more than the points that are allowed."""
+    scale = Scale(name="tiny", seeds=3, gpus=(GPUS, 128, 256))
+    rows = [row(2.0, gpus=gpus, policy=CACHE_LOAD) for gpus in scale.gpus]
+    rows += [row(1.7, gpus=gpus, policy=FULL) for gpus in scale.gpus]
+    rows[-1]["ttft"] = [1.5, 1.7, 1.9]
+    claim = sizes(scale, Table(rows, 1.0))
+    assert claim.verdict == "partly" and claim.interval[0] < -5 < 5 < claim.interval[1]
+
+
 @pytest.mark.parametrize(("slowest", "verdict"), [(1.0, "reproduced"), (3.0, "not here")])
 def test_a_decision_is_quick_below_a_named_time(slowest, verdict):
     rows = [

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from strop.claims.base import Progress
+from strop.claims.fleet_bed import checked
 from strop.core.eviction import RecomputeCost, Reuse
 from strop.serve.base import BatchPolicy, Trace
 from strop.serve.cache_replay import Replay, arrivals, replay
@@ -38,6 +39,7 @@ MAIN = 953
 """Blocks of the paper's cache for 8B, 487,744 tokens."""
 P = 0.99
 """Chance of reuse at L in the paper's main runs, as their hit rates tell."""
+FORESEEN = "AsymCache's L is the 99th percentile of the same trace's reuse times, the future included"
 LRU, MAX_SCORE, PENSIEVE, ASYM, BELADY, GHOST = (
     "lru",
     "max-score",
@@ -169,10 +171,7 @@ def served(
         chunk=chunk,
         **fields,
     )
-    simulation = Simulation(Cluster(network=Flat(hosts=1), instances=(group,)), trace, JSQ())
-    found = simulation.run()
-    simulation.check()
-    return found
+    return checked(Simulation(Cluster(network=Flat(hosts=1), instances=(group,)), trace, JSQ()))
 
 
 def job_times(found: Results) -> np.ndarray:

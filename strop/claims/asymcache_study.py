@@ -51,6 +51,7 @@ SETTINGS = (
 ALWAYS = Shrinking(threshold=1)
 """A chunk that shrinks from the second decode on."""
 PLAIN, SHRINKS, EAGER = ASYM, "asymcache, chunks shrink", "asymcache, chunks shrink from 2 decodes on"
+LRU_SHRINKS, LRU_EAGER = "lru, chunks shrink", "lru, chunks shrink from 2 decodes on"
 SYSTEMS: dict[str, tuple[str, BatchPolicy]] = {
     LRU: (LRU, Fixed()),
     MAX_SCORE: (MAX_SCORE, Fixed()),
@@ -58,6 +59,8 @@ SYSTEMS: dict[str, tuple[str, BatchPolicy]] = {
     PLAIN: (ASYM, Fixed()),
     SHRINKS: (ASYM, Shrinking()),
     EAGER: (ASYM, ALWAYS),
+    LRU_SHRINKS: (LRU, Shrinking()),
+    LRU_EAGER: (LRU, ALWAYS),
 }
 """Evictor and chunks of what serves sessions."""
 CONTINUUM, TOGETHER = "continuum", "continuum + asymcache"

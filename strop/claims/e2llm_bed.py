@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from strop.claims.base import Progress
+from strop.claims.fleet_bed import checked
 from strop.core.errors import StropError
 from strop.serve.base import Job, Request, Trace
 from strop.serve.plan import (
@@ -222,14 +223,11 @@ def drawn(data: str, requests: int, seed: int) -> Lengths:
 
 
 def serve(plan: DeploymentPlan, trace: Trace, network: str = LAN) -> Results:
-    """One run of a plan under join the shortest queue, checked: all requests ended once, no byte was lost."""
+    """One run of a plan under join the shortest queue, checked."""
     cluster = fleet(plan)
     if network == FREE:
         cluster = replace(cluster, network=Flat(hosts=cluster.network.hosts, bandwidth=1e15, rtt=0.0))
-    simulation = Simulation(cluster, trace, JSQ())
-    results = simulation.run()
-    simulation.check()
-    return results
+    return checked(Simulation(cluster, trace, JSQ()))
 
 
 def waiting(results: Results) -> np.ndarray:

@@ -20,6 +20,7 @@ from strop.claims.e2llm_bed import (
     SPLITWISE_TOLD,
     Scale,
 )
+from strop.claims.fleet_bed import mostly
 
 SAME = 1 + 1e-9
 """Times the least phase up to which it is reached."""
@@ -66,6 +67,10 @@ def _over(runs: Table, measure: str, plan: str, under: str, cell: tuple[str, flo
 def _cells(found: Mapping[tuple[str, float], str]) -> str:
     """Words for every cell, by data."""
     return "; ".join(f"{data} " + " ".join(found[data, period] for period in PERIODS) for data in LENGTHS)
+
+
+def _named(cell: tuple[str, float]) -> str:
+    return f"{cell[0]} every {cell[1]:g} s"
 
 
 def _beside(runs: Table) -> tuple[dict[tuple[str, float], Any], str]:
@@ -119,16 +124,20 @@ def halves(scale: Scale, runs: Table) -> Claim:
     """The abstract's promise."""
     found, told = _beside(runs)
     low = [high <= HALF for _, (_, high) in found.values()]
+    order = sorted(CELLS, key=lambda cell: found[cell][0])
+    middle, worst = order[len(order) // 2], order[-1]
     return runs.claim(
         runs.where(plan=(E2LLM, SPLITWISE)),
         claim="Waiting is less than half of adapted Splitwise's",
         paper_value="over 50 % less; by its table in six of eight cells",
-        measured=f"mean waiting, E2LLM / adapted Splitwise, the least of eight cells "
-        f"{min(mean for mean, _ in found.values()):.2f}; less than half in {sum(low)}: {told}",
-        interval=min(found.values())[1],
-        verdict=graded(low, low),
-        reason=f"whole intervals, partly where a cell shows it; the ratio is smallest between both phases, "
-        f"where one plan keeps up and the other does not, and near 1 or above where both do; {DRAWN}",
+        measured=f"mean waiting, E2LLM / adapted Splitwise, {found[middle][0]:.2f} in the median cell "
+        f"({_named(middle)}), {found[worst][0]:.2f} in the worst ({_named(worst)}); less than half in "
+        f"{sum(low)} of eight: {told}",
+        interval=found[middle][1],
+        verdict=graded(low, [mostly(low)]),
+        reason="whole intervals, partly where most cells show it; the median cell is the higher of the two "
+        "in the middle; the ratio is smallest between both phases, where one plan keeps up and the other "
+        f"does not, and near 1 or above where both do; {DRAWN}",
         **common(scale, "lengths"),
     )
 
@@ -144,6 +153,7 @@ def decodes_faster(scale: Scale, runs: Table) -> Claim:
             )
             told[data, period] = f"{own:.1f}/{base:.1f} (paper {paper[0]}/{paper[1]})"
     mean, ends = found["extended", CROWDED]
+    faster = [low > 1 for _, (low, _) in found.values()]
     return runs.claim(
         runs.where(plan=(E2LLM, SPLITWISE)),
         claim="Requests decode faster than under adapted Splitwise at every period",
@@ -151,10 +161,8 @@ def decodes_faster(scale: Scale, runs: Table) -> Claim:
         measured=f"tokens a second of a request, E2LLM / adapted Splitwise, extended every {CROWDED:g} s "
         f"{mean:.2f}; both by period: {_cells(told)}",
         interval=ends,
-        verdict=graded(
-            [low > 1 for _, (low, _) in found.values()], [low > 1 for _, (low, _) in found.values()]
-        ),
-        reason=f"whole intervals above 1, partly where some are; {DRAWN}",
+        verdict=graded(faster, [mostly(faster)]),
+        reason=f"whole intervals above 1, here {sum(faster)} of eight, partly where most are; {DRAWN}",
         **common(scale, "lengths"),
     )
 
@@ -174,7 +182,7 @@ def keeps_speed(scale: Scale, runs: Table) -> Claim:
     )
     return runs.claim(
         runs.where(plan=(E2LLM, MIXED)),
-        claim=f"A plan for {MIN_TPS:g} tokens a second gives requests as much",
+        claim=f"A plan for {MIN_TPS:g} tokens a second gives requests as much (by construction)",
         paper_value="planned 15, to allow for what is not modelled; medians 14.8 to 29.7",
         measured=f"median tokens a second of a request, the lowest of eight cells "
         f"{np.mean(medians[lowest]):.1f}; by period: {_cells(told)}; lowest tenth in any cell {tenth:.1f}",
@@ -182,9 +190,9 @@ def keeps_speed(scale: Scale, runs: Table) -> Claim:
         verdict=graded(
             [low >= MIN_TPS for low, _ in ends.values()], [high >= MIN_TPS for _, high in ends.values()]
         ),
-        reason="a replica that only decodes is disturbed by nothing here, so that it falls no lower by "
-        "construction; what lowers real ones, contexts that grow, is in no profile; replicas that read "
-        f"prompts in between have a lowest tenth of {mixed:.1f}; {DRAWN}",
+        reason="a check of simulator and planner, not a finding: a replica that only decodes is disturbed by "
+        "nothing here, so that it falls no lower; what lowers real ones, contexts that grow, is in no "
+        f"profile; replicas that read prompts in between have a lowest tenth of {mixed:.1f}; {DRAWN}",
         **common(scale, "lengths"),
     )
 

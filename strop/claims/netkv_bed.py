@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from strop.claims.base import Progress, Row, Table, ratio
+from strop.claims.fleet_bed import checked
 from strop.serve.background import Constant
 from strop.serve.base import TIERS, RoutingPolicy, Trace
 from strop.serve.cluster import Cluster, Group
@@ -175,13 +176,11 @@ def serve(cluster: Cluster, policy: RoutingPolicy, traces: Sequence[Trace], way:
 
 
 def run(cluster: Cluster, trace: Trace, policy: RoutingPolicy, seed: int, way: Way = AS_IT_IS) -> Results:
-    """One run, checked: every request ended once, and no byte was lost."""
+    """One run, checked."""
     simulation = Simulation(cluster, replay(trace, way.rate, way.spread, seed), policy, seed)
     if way.in_turn:
         simulation.prefilling.policy = RoundRobin()
-    results = simulation.run()
-    simulation.check()
-    return results
+    return checked(simulation)
 
 
 class Saved(NamedTuple):

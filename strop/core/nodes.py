@@ -33,11 +33,23 @@ _PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
 )
 """PyYAML takes 1e9 for text: YAML 1.1 wants 1.0e+9."""
+MOST_BYTES = 16 << 20
+"""Of a file of YAML."""
+
+
+def require_file(path: Path, what: str, most: int) -> None:
+    """Raise StropError for no regular file, or one above so many bytes; OSError where there is nothing."""
+    if path.exists() and not path.is_file():
+        raise StropError(f"cannot read {what} {path}: it is a folder or a device; give a file")
+    size = path.stat().st_size
+    if size > most:
+        raise StropError(f"{path} has {size >> 20} MiB, over the limit of {most >> 20}: give a part of it")
 
 
 def read_yaml(path: Path, what: str) -> Any:
     """What a YAML file holds. Raises StropError; `what` says what the file is."""
     try:
+        require_file(path, what, MOST_BYTES)
         return yaml.load(path.read_text(encoding="utf-8"), _PlainLoader)
     except OSError as error:
         raise StropError(f"cannot read {what} {path}: {error.strerror}") from error

@@ -6,6 +6,7 @@ there is no other traffic.
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +23,10 @@ SHORTEST = 1e-3
 """Seconds of a step: shorter ones take the time of a simulation and change nothing in it."""
 BLOCK = 1024
 """Steps of a walk that are drawn at once."""
+KEPT = 2
+"""Blocks of a walk in memory."""
+MOST_STEPS = 2e8
+"""Steps of all pods that are drawn for a simulation at most."""
 Traffic = Callable[[float], tuple[np.ndarray, float]]
 """From a time to the shares `[4, pods]` that hold then, not to be changed, and the time when they end."""
 
@@ -32,6 +37,9 @@ class Background(Method, ABC):
     @abstractmethod
     def traffic(self, pods: int) -> Traffic:
         """The traffic in a network of some pods: the same at every call."""
+
+    def require_span(self, seconds: float, pods: int) -> None:  # noqa: B027 - most draw nothing
+        """Raise StropError where so long a time takes more steps than can be drawn."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,15 @@ class RandomWalk(Background):
         if not self.low < self.high:
             raise StropError(f"low must be below high, got {self.low} and {self.high}")
         require_amount("step", self.step)
-        require_amount("period", self.period)
-        if self.period < SHORTEST:
-            raise StropError(f"period must be at least {SHORTEST} seconds, got {self.period}")
+        require_seconds("period", self.period)
+
+    def require_span(self, seconds: float, pods: int) -> None:
+        steps = seconds / self.period * pods
+        if steps > MOST_STEPS:
+            raise StropError(
+                f"others' traffic takes {steps:.3g} steps in {seconds:.3g} seconds, over the {MOST_STEPS:.0e} that "
+                "are drawn: raise its period, or --rate, or take a shorter trace"
+            )
 
     def traffic(self, pods: int) -> Traffic:
         return _Walk(self, pods)
@@ -80,17 +94,27 @@ class _Walk:
     """The steps of a walk drawn so far. Its noise is keyed by tier and pod, and so is where it begins."""
 
     def __init__(self, walk: RandomWalk, pods: int) -> None:
-        self.walk = walk
-        keys = [(walk.seed, tier, pod) for tier in range(1, len(TIERS)) for pod in range(pods)]
+        self.walk, self.pods = walk, pods
+        self._begin()
+
+    def _begin(self) -> None:
+        """Stand before the first block."""
+        walk = self.walk
+        keys = [(walk.seed, tier, pod) for tier in range(1, len(TIERS)) for pod in range(self.pods)]
         self._noise = [np.random.default_rng(key) for key in keys]
         self._at = np.array([noise.uniform(0, walk.high - walk.low) for noise in self._noise])
-        self._shares: list[np.ndarray] = []
+        self._kept = deque[np.ndarray](maxlen=KEPT)
+        self._drawn = 0
 
     def __call__(self, time: float) -> tuple[np.ndarray, float]:
+        """What is older than the blocks kept is drawn again from the start."""
         step, until = period_of(time, self.walk.period)
-        while step >= len(self._shares) * BLOCK:
+        block = step // BLOCK
+        if block < self._drawn - len(self._kept):
+            self._begin()
+        while block >= self._drawn:
             self._draw()
-        return self._shares[step // BLOCK][step % BLOCK], until
+        return self._kept[block - self._drawn][step % BLOCK], until
 
     def _draw(self) -> None:
         steps = np.stack([noise.normal(0, self.walk.step, BLOCK) for noise in self._noise], 1)
@@ -98,10 +122,11 @@ class _Walk:
         self._at = free[-1]
         width = self.walk.high - self.walk.low
         folded = self.walk.low + width - abs(free % (2 * width) - width)
-        shares = np.zeros((BLOCK, len(TIERS), len(self._noise) // (len(TIERS) - 1)))
+        shares = np.zeros((BLOCK, len(TIERS), self.pods))
         shares[:, 1:] = folded.reshape(BLOCK, len(TIERS) - 1, -1)
         shares.flags.writeable = False
-        self._shares.append(shares)
+        self._kept.append(shares)
+        self._drawn += 1
 
 
 @dataclass(frozen=True)
@@ -118,13 +143,16 @@ class Windows(Background):
 
     def __post_init__(self) -> None:
         _require_share("share", self.share)
-        require_amount("length", self.length)
-        require_amount("every", self.every)
+        require_seconds("length", self.length)
+        require_seconds("every", self.every)
         require_count("tier", self.tier)
         if self.tier >= len(TIERS):
             raise StropError(f"tier must be from 1 to {len(TIERS) - 1}, got {self.tier}")
         if self.length > self.every:
             raise StropError(f"length must be at most every, got {self.length} and {self.every}")
+
+    def require_span(self, seconds: float, pods: int) -> None:
+        self.base.require_span(seconds, pods)
 
     def traffic(self, pods: int) -> Traffic:
         base = self.base.traffic(pods)
@@ -150,6 +178,13 @@ def period_of(time: float, length: float) -> tuple[int, float]:
     while (number + 1) * length <= time:
         number += 1
     return number, (number + 1) * length
+
+
+def require_seconds(name: str, value: float) -> None:
+    """Raise StropError unless a time between two changes is at least `SHORTEST`."""
+    require_amount(name, value)
+    if value < SHORTEST:
+        raise StropError(f"{name} must be at least {SHORTEST} seconds, got {value}")
 
 
 def _require_share(name: str, value: float) -> None:

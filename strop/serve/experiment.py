@@ -15,18 +15,22 @@ import numpy as np
 from strop.core.errors import StropError
 from strop.core.executor import Executor, Local, Lost
 from strop.core.intervals import bootstrap
-from strop.serve.base import RoutingPolicy, Trace
+from strop.serve.background import Constant
+from strop.serve.base import TIERS, RoutingPolicy, Trace
 from strop.serve.cluster import Cluster
 from strop.serve.gain import Gain, gain
 from strop.serve.results import Results
 from strop.serve.routing import policy as named
 from strop.serve.simulate import Simulation
+from strop.serve.topology import LEAST, Topology
 from strop.serve.traces import replay, split
 from strop.serve.tuning import tune
 
 TUNED = "cache-load"
 HELD_OUT = 0.2
 """Share of the trace's time that weights are tuned on."""
+SAMPLES, MOST_PROMPTS = 64, 1000
+"""Times at which others' traffic is looked at, and prompts, to say what is expected."""
 Report = Callable[[str, float], None]
 Draw = Callable[[int], Trace]
 """The trace of a seed: a file is the same for all."""
@@ -83,7 +87,7 @@ class Experiment:
     tuned: dict[str, Any] | None
     """The weights that were found for `cache-load`, and on what."""
     expected: Gain | None
-    """What a network-aware choice can gain at most; None where nothing is transferred."""
+    """What a network-aware choice can gain while links are not full; None where nothing is transferred."""
     slo: float
 
     def rows(self) -> list[dict[str, Any]]:
@@ -107,12 +111,13 @@ def experiment(
 ) -> Experiment:
     """Simulate. Raises StropError for what does not fit together."""
     trace = draw(0)
-    expected = expect(cluster, trace)
+    expected = expect(cluster, trace, settings.rate)
     if expected is not None:
         tell(f"Network-aware routing: {expected.verdict}.")
     policies = {name: named(name) for name in settings.policies}
     tuned = None
     if TUNED in policies:
+        _parts(trace)
         tuning = partial(_mean_ttft, cluster, dataclasses.replace(settings, seeds=1), report)
         found = tune(tuning, trace, HELD_OUT)
         policies[TUNED], draw = found.policy, partial(_rest, draw)
@@ -131,20 +136,81 @@ def experiment(
     return Experiment(runs, tuned, expected, settings.slo)
 
 
-def expect(cluster: Cluster, trace: Trace) -> Gain | None:
-    """The most that a network-aware choice can gain on average; None where instances do both."""
+def expect(cluster: Cluster, trace: Trace, rate: float = 1.0) -> Gain | None:
+    """What a network-aware choice can gain on average while links are not full; None where instances do both.
+
+    `rate` is that of `Settings`. Raises StropError where others' traffic cannot be drawn for so long.
+    """
     if cluster.shared:
         return None
-    prompts = np.array([job.request.prompt for job in trace.all()], dtype=float)
-    prefill = cluster.of("prefill")
-    seconds = np.mean([[group.latency.prefill([(p, 0)]) for p in prompts[:1000]] for _, group in prefill[:1]])
-    sources = np.array([host for host, _ in prefill])
-    targets = np.array([host for host, _ in cluster.of("decode")])
-    tiers = cluster.network.tier(sources[:, None], targets[None])
-    counts = np.bincount(tiers.ravel(), minlength=4)
-    quiet = 1 - getattr(cluster.background, "share", 0.0)
-    bandwidth = cluster.network.tier_bandwidth * np.array([1, quiet, quiet, quiet])
-    return gain(bandwidth.tolist(), counts.tolist(), cluster.kv_bytes * prompts.mean(), float(seconds))
+    network, jobs = cluster.network, trace.all()
+    span = (trace.jobs[-1].arrival - trace.jobs[0].arrival) / rate
+    prompts = np.array([job.request.prompt for job in jobs], dtype=float)
+    groups = [group for group in cluster.instances if group.role == "prefill"]
+    count = np.array([len(group.hosts) * group.each for group in groups])
+    some = prompts[:: -(-len(prompts) // MOST_PROMPTS)]
+    busy = np.array([np.mean([group.latency.prefill([(p, 0)]) for p in some]) for group in groups])
+    seconds = float(np.average(busy * [group.latency.stages for group in groups], weights=count))
+    ends = [np.array([host for host, _ in cluster.of(role)]) for role in ("prefill", "decode")]
+    slower, shares = _others(cluster, span, *ends)
+    nbytes = cluster.kv_bytes * prompts.mean()
+    sent = nbytes * min((len(jobs) - 1) / max(span, LEAST), float((count / busy).sum()))
+    load = float((sent * _crossing(network, *ends) / (1 - shares)).max())
+    tiers = np.bincount(network.tier(ends[0][:, None], ends[1]).ravel(), minlength=len(TIERS))
+    return gain((_alone(network, *ends) / slower).tolist(), tiers.tolist(), nbytes, seconds, load=load)
+
+
+def _others(
+    cluster: Cluster, span: float, sources: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """How many times as long flows take on each tier for others' traffic `[4]`, and its shares `[4, pods]`.
+
+    Means over pairs of hosts and over times of the span, one drawn from each part, that no period is missed.
+    """
+    network = cluster.network
+    background = cluster.background or Constant(0.0)
+    background.require_span(span, network.pods)
+    traffic, until = background.traffic(network.pods), -np.inf
+    tiers = network.tier(sources[:, None], targets)
+    near, far = network.pod(sources)[:, None], network.pod(targets)
+    slower, shares = np.zeros(len(TIERS)), np.zeros((len(TIERS), network.pods))
+    for time in (np.arange(SAMPLES) + np.random.default_rng(0).random(SAMPLES)) * span / SAMPLES:
+        if time >= until:
+            now, until = traffic(float(time))
+            taken = np.maximum(now[tiers, near], now[tiers, far])
+            times = np.bincount(tiers.ravel(), 1 / (1 - taken.ravel()), len(TIERS))
+        slower, shares = slower + times, shares + now
+    pairs = np.bincount(tiers.ravel(), minlength=len(TIERS))
+    return np.where(pairs, slower / np.maximum(pairs, 1) / SAMPLES, 1.0), shares / SAMPLES
+
+
+def _alone(network: Topology, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Bytes a second of a flow on each tier `[4]` that has its links to itself."""
+    tiers, (capacity, _) = network.tier(sources[:, None], targets), network.links()
+    found = network.tier_bandwidth.astype(float)
+    for tier in np.unique(tiers):
+        one, other = np.argwhere(tiers == tier)[0]
+        links = list(network.path(int(sources[one]), int(targets[other])))
+        found[tier] = capacity[links].min(initial=found[tier])
+    return found
+
+
+def _crossing(network: Topology, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Share of the pairs of hosts that meet on a tier in a pod, over the capacity of its links `[4, pods]`.
+
+    That of NICs, which all ways have in common, is left out: 0.
+    """
+    tiers = network.tier(sources[:, None], targets) * network.pods
+    ways = [
+        np.bincount((tiers + pods).ravel(), minlength=len(TIERS) * network.pods)
+        for pods in (network.pod(sources)[:, None], network.pod(targets))
+    ]
+    capacity, places = network.links()
+    found = np.zeros((len(TIERS), network.pods))
+    shared = places[:, 0] > 0
+    at = tuple(places[shared].T)
+    found[at] = np.maximum(*ways).reshape(found.shape)[at] / tiers.size / capacity[shared]
+    return found
 
 
 def _mean_ttft(
@@ -161,7 +227,19 @@ def alike(trace: Trace, seed: int) -> Trace:
 
 def _rest(draw: Draw, seed: int) -> Trace:
     """What is left of a trace behind the part that weights are tuned on."""
-    return split(draw(seed), HELD_OUT)[1]
+    return _parts(draw(seed))[1]
+
+
+def _parts(trace: Trace) -> tuple[Trace, Trace]:
+    """What weights are tuned on, and the rest. Raises StropError where one of them is empty."""
+    try:
+        return split(trace, HELD_OUT)
+    except StropError as error:
+        raise StropError(
+            f"{TUNED} is tuned on the first {HELD_OUT:.0%} of a trace's time and measured on the rest, and "
+            f"{trace.name} has no request in one of them: leave {TUNED} out of --policy, or give its weights "
+            f"as in {TUNED}:w_c=1,w_l=1"
+        ) from error
 
 
 def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

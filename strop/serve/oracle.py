@@ -7,7 +7,7 @@ it holds was not to be had, so its fields are ours.
 import numpy as np
 
 from strop.core.errors import StropError
-from strop.serve.background import MOST, Traffic, period_of
+from strop.serve.background import MOST, Traffic, period_of, require_seconds
 from strop.serve.base import TIERS
 from strop.serve.topology import Topology, require_amount
 
@@ -46,7 +46,7 @@ class Telemetry(Static):
     ) -> None:
         """`traffic` is what is measured, as of `Network.traffic`, and is believed for `max_age` seconds."""
         super().__init__(topology)
-        require_amount("refresh", refresh)
+        require_seconds("refresh", refresh)
         require_amount("max_age", max_age)
         self.refresh, self.max_age = refresh, max_age
         self._traffic = traffic
@@ -55,8 +55,10 @@ class Telemetry(Static):
     def _measure(self, now: float) -> None:
         number, self._next = period_of(now, self.refresh)
         self.measured_at = number * self.refresh
-        self._shares = np.minimum(self._traffic(self.measured_at)[0].mean(1), MOST)
-        self._shares.flags.writeable = False
+        self._shares = NONE
+        if now - self.measured_at <= self.max_age:
+            self._shares = np.minimum(self._traffic(self.measured_at)[0].mean(1), MOST)
+            self._shares.flags.writeable = False
 
     def congestion(self, now: float) -> np.ndarray:
         """Share of each tier that others take `[4]`, not to be changed, as last measured."""

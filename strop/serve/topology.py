@@ -15,6 +15,8 @@ from strop.core.method import Method
 
 LINKS = 4
 """Most links on a path."""
+LEAST, MOST = 1e-9, 1e15
+"""Of any amount but 0: with others the sums of a simulation leave what numbers hold."""
 
 
 class Topology(Method, ABC):
@@ -181,8 +183,8 @@ def require_count(name: str, value: int) -> None:
 
 
 def require_amount(name: str, value: float, zero: bool = False) -> None:
-    """Raise StropError unless a field is finite and above 0, or 0 where that is allowed."""
+    """Raise StropError unless a field is from `LEAST` to `MOST`, or 0 where that is allowed."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not np.isfinite(value) or value < 0 or (value == 0 and not zero):
-        least = "at least" if zero else "above"
-        raise StropError(f"{name} must be a finite number {least} 0, got {quoted(value)}")
+    if not number or not (LEAST <= value <= MOST or (zero and value == 0)):
+        least = f"0, or a number from {LEAST:g}" if zero else f"a number from {LEAST:g}"
+        raise StropError(f"{name} must be {least} to {MOST:g}, got {quoted(value)}")

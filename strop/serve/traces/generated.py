@@ -160,7 +160,7 @@ def _parents(form: Shape, prompt: np.ndarray, arrival: np.ndarray, seed: int) ->
     best, longest = np.full(number, -1), np.full(number, BLOCK - 1)
     for back in range(form.choice):
         candidate = newest - back
-        length = np.where(candidate >= 0, prompt[candidate], 0)
+        length = np.where(candidate >= 0, prompt[np.maximum(candidate, 0)], 0)
         better = (length <= prompt) & (length > longest)
         best[better], longest[better] = candidate[better], length[better]
     continues = stream(seed, "continues").random(number) < form.continues

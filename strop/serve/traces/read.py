@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from strop.core.errors import StropError
+from strop.core.nodes import require_file
 from strop.serve.base import Job, Request
 from strop.serve.traces.azure import Azure
 from strop.serve.traces.base import MAX_BYTES, MAX_ROWS, FileTrace, Loader, Row
@@ -93,13 +94,7 @@ class _Rows:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not blank, with their numbers. Raises StropError where the file cannot be read."""
     try:
-        if path.exists() and not path.is_file():
-            raise StropError(f"{path} is a folder or a device: give a file")
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise StropError(
-                f"{path} has {size >> 20} MiB, over the limit of {MAX_BYTES >> 20}: give a part of it"
-            )
+        require_file(path, "trace", MAX_BYTES)
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line := line.strip():
