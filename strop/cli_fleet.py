@@ -11,45 +11,53 @@ from strop import console, tables
 from strop.core.words import MISSING, between
 from strop.options import Address, Executor, Json, OnExecutor
 
+Cluster = Annotated[
+    Path, typer.Argument(metavar="CLUSTER.yaml", help="Network, hosts and instances; or a plan.")
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A trace of Mooncake, Azure or BurstGPT. Default: made up."),
+]
+Policies = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[,NAME]",
+        help="The first is what others are compared with. NAME:field=value,field=value sets fields: a "
+        "comma ends a policy unless field=value follows. Default: round-robin,cache-load,netkv; for "
+        "a plan jsq.",
+    ),
+]
+Rate = Annotated[
+    float, typer.Option(parser=console.positive, metavar="X", help="Times as many arrivals a second.")
+]
+Slo = Annotated[
+    float, typer.Option(parser=console.positive, metavar="S", help="Seconds to the first token asked for.")
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Keep equal timestamps as bursts, not spread over the clock's step.")
+]
+Requests = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Of the trace that is made up. Default: 2000.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Processes, here or on a cluster. Default: all.")
+]
+
 
 def simulate(
-    cluster: Annotated[
-        Path, typer.Argument(metavar="CLUSTER.yaml", help="Network, hosts and instances; or a plan.")
-    ],
-    trace: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A trace of Mooncake, Azure or BurstGPT. Default: made up."),
-    ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME[,NAME]",
-            help="The first is what others are compared with. NAME:field=value,field=value sets fields: a "
-            "comma ends a policy unless field=value follows. Default: round-robin,cache-load,netkv; for "
-            "a plan jsq.",
-        ),
-    ] = None,
-    rate: Annotated[
-        float, typer.Option(parser=console.positive, metavar="X", help="Times as many arrivals a second.")
-    ] = "1.0",  # type: ignore[assignment]
+    cluster: Cluster,
+    trace: Trace = None,
+    policy: Policies = None,
+    rate: Rate = "1.0",  # type: ignore[assignment]
     seeds: Annotated[int, typer.Option(min=1, metavar="N", help="Runs of each policy.")] = 5,
-    slo: Annotated[
-        float,
-        typer.Option(parser=console.positive, metavar="S", help="Seconds to the first token asked for."),
-    ] = "5.0",  # type: ignore[assignment]
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Keep equal timestamps as bursts, not spread over the clock's step.")
-    ] = False,
+    slo: Slo = "5.0",  # type: ignore[assignment]
+    raw: Raw = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over bad rows of the trace.")] = False,
-    requests: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Of the trace that is made up. Default: 2000.")
-    ] = None,
+    requests: Requests = None,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the results here.")] = None,
     executor: OnExecutor = Executor.local,
     address: Address = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Processes, here or on a cluster. Default: all.")
-    ] = None,
+    workers: Workers = None,
     as_json: Json = False,
 ) -> None:
     """Simulate a trace on a fleet under routing policies, and say whether the network matters there.

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-SHOWN = {"draft_on_transformers": "the same text", "quantize_experts": "matrices by width"}
+SHOWN = {
+    "draft_on_transformers": "the same text",
+    "quantize_experts": "matrices by width",
+    "route_requests": "first token after",
+}
 """What an example prints; the others name a method."""
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 

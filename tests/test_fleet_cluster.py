@@ -2,14 +2,20 @@
 
 import dataclasses
 import math
+import os
 
 import pytest
 
 from strop.core.errors import StropError
+from strop.core.nodes import MOST_BYTES
 from strop.serve.background import Constant
 from strop.serve.cluster import Cluster, Group
 from strop.serve.latency import Pipeline
 from strop.serve.topology import FatTree
+
+
+def group(role: str = "both", **fields) -> dict:
+    return {"instances": [{"role": role, "hosts": [0], **fields}]}
 
 
 @pytest.mark.parametrize(
@@ -25,8 +31,31 @@ from strop.serve.topology import FatTree
         ({"network": {"flat": {"hosts": 8, "bandwidth": -1}}}, "bandwidth must be a finite number above 0"),
         ({"network": {"flat": {"hosts": 8, "bandwidth": 0}}}, "bandwidth must be a finite number above 0"),
         ({"network": {"flat": {"hosts": "8"}}}, "cluster.network.flat.hosts must be int, got '8'"),
-        ({"kv_bytes": 0}, "kv_bytes must be above 0"),
-        ({"telemetry": math.nan}, "telemetry must be above 0"),
+        ({"kv_bytes": 0}, "kv_bytes must be a finite number above 0"),
+        ({"telemetry": math.nan}, "telemetry must be a finite number above 0"),
+        ({"telemetry": 1e-4}, "telemetry must be at least 0.001 seconds"),
+        ({"kv_bytes": 1e300}, "kv_bytes must be"),
+        (group(kv_tokens=10**30), r"kv_tokens must be at least 1 and at most 1e\+12"),
+        (group(batch=0), "batch must be at least 1"),
+        (group(latency={"roofline": {"iteration": 1e308}}), "iteration must be seconds from 0 to 1e"),
+        (
+            group(latency={"roofline": {"iteration": 0.0, "decode_request": 1e-300}}),
+            "an iteration takes time",
+        ),
+        (
+            group(latency={"pipeline": {"prefill_token": 1e-3, "decode_stage": [1e-300]}}),
+            "decode_stage must be",
+        ),
+        (
+            group(latency={"pipeline": {"prefill_token": 1e-3, "decode_stage": []}}),
+            "for at least one request",
+        ),
+        (group("decode", holes=True), "holes are for instances that compute prompts"),
+        (
+            group("decode", chunk={"fixed": {"base": 9}}),
+            "pin, tune, order and chunk are for instances of both",
+        ),
+        (group("prefill", chunk="shrinking"), "pin, tune, order and chunk are for instances of both"),
         ({"strop": 2}, "starts with `strop: 1`"),
     ],
 )
@@ -50,3 +79,15 @@ def test_a_cluster_file_says_what_its_objects_say(tmp_path):
     )
     assert found == Cluster(network=FatTree(pods=2), background=Constant(0.1), instances=groups)
     assert dataclasses.is_dataclass(found) and len(found.of("decode")) == 4
+
+
+def test_what_is_no_regular_file_or_too_large_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with (tmp_path / "large.yaml").open("wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    for name, said in (
+        ("pipe.yaml", "cannot read cluster .*pipe.yaml: it is a folder or a device"),
+        ("large.yaml", "has 16 MiB, over the limit of 16"),
+    ):
+        with pytest.raises(StropError, match=said):
+            Cluster.load(tmp_path / name)

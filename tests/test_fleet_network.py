@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from strop.core.errors import StropError
 from strop.kernels import maxmin, maxmin_numba
-from strop.serve.background import BLOCK, MOST, Constant, RandomWalk, Windows, period_of
+from strop.serve.background import BLOCK, KEPT, MOST, Constant, RandomWalk, Windows, period_of
 from strop.serve.events import Clock
 from strop.serve.network import FrozenNetwork, Network, Transfers
 from strop.serve.oracle import Measured, Static, Telemetry
@@ -245,6 +246,30 @@ def test_a_walk_is_keyed_stays_between_its_ends_and_covers_them():
     assert abs(np.corrcoef(jumps.T) - np.eye(9)).max() < 0.05
 
 
+def test_a_long_walk_takes_the_memory_of_its_newest_blocks():
+    traffic = RandomWalk().traffic(2)
+    block = RandomWalk().period * BLOCK
+    first = traffic(0.0)[0].copy()
+    tracemalloc.start()
+    last = traffic(60 * block)[0].copy()
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 2 * KEPT * BLOCK * 4 * 2 * 8
+    assert (traffic(0.0)[0] == first).all() and (traffic(60 * block)[0] == last).all()
+
+
+def test_telemetry_does_not_look_at_what_it_would_not_believe():
+    looked = []
+
+    def traffic(time: float):
+        looked.append(time)
+        return np.full((4, 4), 0.5), np.inf
+
+    oracle = Telemetry(TREE, traffic, refresh=1000.0, max_age=120.0)
+    assert not oracle.congestion(1900.0).any() and looked == [0.0]
+    assert oracle.congestion(2100.0).any() and looked == [0.0, 2000.0]
+
+
 def test_windows_crowd_one_pod_after_another_and_leave_the_rest_to_the_base():
     traffic = Windows(share=0.8, tier=3, length=60.0, every=90.0, base=Constant(0.2)).traffic(2)
     for time, pod, until in ((0.0, 0, 60.0), (59.9, 0, 60.0), (90.0, 1, 150.0), (200.0, 0, 240.0)):
@@ -310,10 +335,17 @@ def test_a_host_that_is_not_there_is_refused(kind):
         ("high", lambda: RandomWalk(high=0.99)),
         ("step", lambda: RandomWalk(step=0)),
         ("period", lambda: RandomWalk(period=0)),
+        ("period", lambda: RandomWalk(period=1e-4)),
+        ("every", lambda: Windows(length=1e-4, every=1e-4)),
+        ("length", lambda: Windows(length=1e-4)),
+        ("bandwidth", lambda: Flat(bandwidth=1e-300)),
+        ("bandwidth", lambda: Flat(bandwidth=1e300)),
+        ("bandwidth", lambda: Flat(bandwidth=10**400)),
         ("tier", lambda: Windows(tier=4)),
         ("tier", lambda: Windows(tier=0)),
         ("length", lambda: Windows(length=100.0, every=60.0)),
         ("refresh", lambda: Telemetry(TREE, Constant().traffic(4), refresh=0)),
+        ("refresh", lambda: Telemetry(TREE, Constant().traffic(4), refresh=1e-4)),
         ("max_age", lambda: Telemetry(TREE, Constant().traffic(4), max_age=float("inf"))),
         ("weight", lambda: Measured(TREE, weight=1.5)),
     ],

@@ -115,6 +115,12 @@ def test_a_seed_fixes_a_trace_and_another_changes_it(make):
     assert facts(make(*first, seed=3)) == facts(make(*first, seed=3)) != facts(make(*first, seed=4))
 
 
+@pytest.mark.parametrize("shape", ["conversation", "synthetic"])
+def test_a_trace_may_have_few_requests(shape):
+    for count in range(1, 15):
+        assert facts(generate(shape, count)) == facts(generate(shape, 90))[:count]
+
+
 def test_a_shorter_generated_trace_begins_a_longer_one():
     assert facts(generate("synthetic", 300)) == facts(generate("synthetic", 900))[:300]
 

@@ -138,16 +138,29 @@ def test_tuned_weights_are_told(trace, tmp_path):
     assert "One seed bounds nothing" in printed
 
 
+def test_what_is_told_of_requests_is_told_of_those_that_are_measured(tmp_path):
+    path = tmp_path / "grows.jsonl"
+    path.write_text("".join(row(i, 1000 if i < 8 else 3000, step=1) + "\n" for i in range(41)))
+    printed = said(run(EXAMPLE, "--trace", path, "--policy", "jsq,cache-load", "--seeds", 1))
+    assert "Simulated: 33 requests of grows.jsonl, 1.03 a second, prompts of 3,000 tokens" in printed
+    path.write_text(row(0, 1000) + "\n")
+    alone = said(run(EXAMPLE, "--trace", path, "--policy", "jsq", "--seeds", 1))
+    assert "Simulated: 1 request of grows.jsonl, prompts of 1,000 tokens" in alone
+    assert "1 request was simulated" in alone
+
+
 def test_what_seeds_do_not_vary_has_no_interval(tmp_path):
     path = tmp_path / "apart.jsonl"
     path.write_text("".join(row(i, 700 + 300 * i % 5000, step=1) + "\n" for i in range(40)))
+    shared = tmp_path / "shared.yaml"
+    shared.write_text(SHARED.replace("hosts: 2", "hosts: 4").replace("[0, 1]", "[0, 1, 2, 3]"))
     asked = Settings(policies=("round-robin", "least-loaded", "power-of-two"), seeds=3)
-    told = simulate(EXAMPLE, path, asked)
+    told = simulate(shared, path, asked)
     fixed, least, drawn = told["rows"]
     assert fixed["ttft_mean"][1:] == least["ttft_mean"][1:] == least["ttft_change"][1:] == [None, None]
     assert drawn["ttft_mean"][1] <= drawn["ttft_mean"][0] <= drawn["ttft_mean"][2]
     assert None not in drawn["ttft_change"] and told["varied"]
-    same = simulate(EXAMPLE, path, Settings(policies=("round-robin",), seeds=2))
+    same = simulate(shared, path, Settings(policies=("round-robin",), seeds=2))
     assert not same["varied"]
 
 
@@ -195,6 +208,10 @@ REFUSED = {
     "too many seeds": (["--seeds", "100000"], "are more than the 1,000"),
     "too many requests": (["--requests", "3000000"], "from 1 to 2000000"),
     "bad rows of no file": (["--skip-bad"], "add --trace FILE"),
+    "too many requests in all": (
+        ["--requests", "1000000", "--policy", "jsq", "--seeds", "21"],
+        "in all runs are",
+    ),
     "no such trace": (["--trace", "nowhere.jsonl"], "nowhere.jsonl"),
     "an address without a cluster": (["--address", "auto"], "add --executor ray"),
 }

@@ -95,6 +95,8 @@ def test_a_cluster_that_is_no_plan_has_other_policies(tmp_path):
     ("path", "value", "said"),
     [
         (("replicas", 0, "kv_tokens"), 0, "kv_tokens must be at least 1"),
+        (("replicas", 0, "stages", 0, "prefill_base"), 1e12, "prefill_base must be seconds"),
+        (("links", "bandwidth"), 1e-300, "bandwidth must be above 0"),
         (("replicas", 1, "role"), "mixed", "both roles, or some prefill"),
         (("strop_plan",), 2, "starts with `strop_plan: 1`"),
     ],

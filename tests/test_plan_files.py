@@ -88,6 +88,11 @@ def change(path: str, value: Any) -> dict[str, Any]:
         ("links.bandwidth", 0, "bandwidth must be above 0"),
         ("links.bandwidth", "-5 Mb/s", "bandwidth must be above 0"),
         ("links.bandwidth", float("inf"), "links.bandwidth is a number of bytes a second"),
+        ("links.bandwidth", 1e300, "links.bandwidth is a number of bytes a second"),
+        ("links.bandwidth", 1e-300, "bandwidth must be above 0, 1e-09 at least"),
+        ("devices.a.block.prefill_token", 1e-300, "prefill_token must be above 0"),
+        ("devices.a.block.decode", [1e-300], "decode must be above 0"),
+        ("devices.a.block.decode", [1e300], "is a number of seconds"),
         ("links.pairs", [{"between": ["a", "d"], "bandwidth": 1}], "no device 'd'; known: a, b, c"),
         ("links.pairs", [{"between": ["a"], "bandwidth": 1}], "between names two devices"),
         ("devices", {}, "names 1 to 64 devices"),
@@ -119,6 +124,11 @@ def test_a_plan_comes_back_from_its_file(tmp_path):
         ("replicas.0.sped", 1, "did you mean 'speed'"),
         ("replicas.0.stages.0.device", "a", "gives a device two stages"),
         ("replicas", [], "has no replica"),
+        ("replicas.0.stages.0.decode", [], "has a stage without seconds of decode"),
+        ("replicas.0.stages.0.receive_base", 1e308, "receive_base holds finite numbers from 0 to 1e"),
+        ("replicas.0.kv_tokens", 10**30, "kv_tokens holds finite numbers from 0 to 1e"),
+        ("idle", ["a"], "has an idle device that serves"),
+        ("idle", ["c", "c"], "has an idle device that serves, or twice"),
         ("blocks", "6", "blocks must be int"),
     ],
 )
@@ -155,7 +165,7 @@ def test_a_folder_says_exactly_what_its_blocks_weigh(tmp_path):
 def test_a_config_of_something_else_is_refused(tmp_path):
     file = tmp_path / "config.json"
     for config, said in (
-        ({"num_hidden_layers": 10**9}, "512 are the most"),
+        ({"num_hidden_layers": 161}, "160 are the most"),
         ({"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": "two"}, "num_attention_heads"),
         (
             {
@@ -204,8 +214,8 @@ def test_a_config_of_experts_with_windows_is_understood():
         ("blocks=1,hidden=5,kv_heads=1,head_dim=1,block=1 TB,head=1", "number of bytes"),
         ("blocks=1,hidden=5,kv_heads=1,head_dim=1,block=1,ffn=2,head=1", "ffn lies within a block"),
         (
-            "blocks=513,hidden=5,kv_heads=1,head_dim=1,block=1,head=1",
-            "blocks is a whole number from 1 to 512",
+            "blocks=161,hidden=5,kv_heads=1,head_dim=1,block=1,head=1",
+            "blocks is a whole number from 1 to 160",
         ),
         ("nowhere/config.json", "cannot read nowhere/config.json"),
     ],

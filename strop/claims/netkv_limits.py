@@ -154,7 +154,8 @@ def sizes(scale: Scale, table: Table) -> Claim:
         table.rows,
         claim="The gain over tuned cache and load stays the same from 128 to 1,024 GPUs",
         paper_value="-11.0 % at 64 GPUs, -13.6 % from 128 to 1,024, with the same 603 and 851 ms of transfer",
-        measured=f"gain {points:+.1f} points from {few} to {more} GPUs, which differ most; less mean TTFT: {placed(dict(reversed(gains.items())))} GPUs",
+        measured=f"gain {points:+.1f} points from {few} to {more} GPUs, which differ most; less mean TTFT: "
+        f"{placed(dict(reversed(gains.items())))} GPUs",
         interval=(low, high),
         verdict=graded([*ahead, *even], [all(ahead)]),
         reason=f"reproduced where gains of any two sizes above {GPUS} GPUs differ by {EVEN:g} points at "

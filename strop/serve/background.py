@@ -38,7 +38,7 @@ class Background(Method, ABC):
     def traffic(self, pods: int) -> Traffic:
         """The traffic in a network of some pods: the same at every call."""
 
-    def require_span(self, seconds: float, pods: int) -> None:  # noqa: B027 - most draw nothing
+    def require_span(self, seconds: float, pods: int) -> None:
         """Raise StropError where so long a time takes more steps than can be drawn."""
 
 
@@ -82,7 +82,7 @@ class RandomWalk(Background):
         steps = seconds / self.period * pods
         if steps > MOST_STEPS:
             raise StropError(
-                f"others' traffic takes {steps:.3g} steps in {seconds:.3g} seconds, over the {MOST_STEPS:.0e} that "
+                f"others' traffic takes {steps:.3g} steps in {seconds:.3g} s, over the {MOST_STEPS:.0e} that "
                 "are drawn: raise its period, or --rate, or take a shorter trace"
             )
 

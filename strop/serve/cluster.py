@@ -1,6 +1,5 @@
 """A fleet as its file says it: the network, and which instances stand on which hosts."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,18 @@ from strop.core.eviction import Reuse
 from strop.core.files import did_you_mean
 from strop.core.method import Method
 from strop.core.nodes import construct, read_yaml
-from strop.serve.background import Background, Constant, RandomWalk, Windows
+from strop.serve.background import Background, Constant, RandomWalk, Windows, require_seconds
 from strop.serve.base import BatchPolicy
 from strop.serve.chunks import CHUNKS, Fixed
 from strop.serve.evict import EVICTORS
 from strop.serve.latency import Latency, Pipeline, Roofline
-from strop.serve.topology import FatTree, Flat, Topology
+from strop.serve.topology import FatTree, Flat, Topology, require_amount
 
 VERSION = 1
 ROLES = ("prefill", "decode", "both")
 ORDERS = ("fcfs", "program")
+MOST = {"each": 10**6, "kv_tokens": 10**12, "batch": 10**6}
+"""Of what a group counts."""
 NAMES: dict[type, dict[str, type]] = {
     Topology: {"fat_tree": FatTree, "flat": Flat},
     Latency: {"roofline": Roofline, "pipeline": Pipeline},
@@ -65,13 +66,20 @@ class Group(Method):
         known = [name for name in EVICTORS if name != "belady"]
         if self.evict not in known:
             raise ValueError(f"unknown evictor {self.evict!r}; {did_you_mean(self.evict, known)}")
-        for name in ("each", "kv_tokens", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, most in MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(
+                    f"{name} must be at least 1 and at most {most:g}, got {quoted(getattr(self, name))}"
+                )
         if self.order not in ORDERS:
             raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {self.order!r}")
-        if self.role != "both" and (self.pin or self.tune or self.order != "fcfs"):
-            raise ValueError(f"pin, tune and order are for instances of both roles, not for {self.role}")
+        together = self.pin or self.tune or self.order != "fcfs" or self.chunk != Fixed()
+        if self.role != "both" and together:
+            raise ValueError(
+                f"pin, tune, order and chunk are for instances of both roles, not for {self.role}"
+            )
+        if self.role == "decode" and self.holes:
+            raise ValueError("holes are for instances that compute prompts, not for decode")
         if not self.hosts:
             raise ValueError("hosts must name at least one host")
 
@@ -92,11 +100,9 @@ class Cluster(Method):
     """Seconds between two reports of an instance's load; 0 for always fresh ones."""
 
     def __post_init__(self) -> None:
-        for name in ("kv_bytes", "telemetry"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.reports < math.inf:
-            raise ValueError(f"reports must be seconds, 0 or more, got {self.reports}")
+        require_amount("kv_bytes", self.kv_bytes)
+        require_seconds("telemetry", self.telemetry)
+        require_amount("reports", self.reports, zero=True)
         roles = {group.role for group in self.instances}
         if roles != {"both"} and roles != {"prefill", "decode"}:
             raise ValueError("instances must be of both roles, or some prefill and the others decode")

@@ -33,13 +33,14 @@ MEANING = {
         "only the core."
     ),
     "Nearest": "the share of requests that decode on the nearest tier that has decode instances at all.",
-    "Bound": (
-        "the most that a choice by distance can take off the mean TTFT, told before anything is simulated "
-        "from bandwidths and sizes alone: waits and cache hits stay as they are, there are no latencies."
+    "Gain": (
+        "what a choice by distance takes off the mean TTFT, told before anything is simulated from "
+        "bandwidths, others' traffic and sizes alone: nobody waits, nothing is cached, no transfers meet. "
+        "Where they fill links it is larger."
     ),
     "Seed": (
         "what is drawn anew: arrivals within a step of the trace's clock, others' traffic where it varies, "
-        "policies that draw."
+        "policies that draw, among them the choice between prefill instances that are alike."
     ),
 }
 
@@ -133,14 +134,14 @@ def _aside(ends: str) -> str:
 
 def scope(told: Mapping[str, Any]) -> str:
     """What the numbers hold for."""
-    trace, cluster, settings = told["trace"], told["cluster"], told["settings"]
+    measured, cluster, settings = told["measured"], told["cluster"], told["settings"]
     instances = " and ".join(f"{count} {role}" for role, count in cluster["instances"].items())
-    rate = trace["requests"] / trace["seconds"] * settings["rate"] if trace["seconds"] else None
-    pace = f", {rate:.3g} a second" if rate else ""
+    count, span, name = measured["requests"], measured["seconds"], told["trace"]["name"]
+    pace = f", {count / span:.3g} a second" if span else ""
     said = (
-        f"Simulated: {told['measured']:,} requests of {trace['name']}{pace}, prompts of "
-        f"{trace['prompt_mean']:,.0f} tokens and answers of {trace['output_mean']:,.0f} on average, under "
-        f"{settings['seeds']} seed{'s' * (settings['seeds'] > 1)}, on {instances} instances of "
+        f"Simulated: {count:,} request{'s' * (count > 1)} of {name}{pace}, prompts of "
+        f"{measured['prompt_mean']:,.0f} tokens and answers of {measured['output_mean']:,.0f} on average, "
+        f"under {settings['seeds']} seed{'s' * (settings['seeds'] > 1)}, on {instances} instances of "
         f"a network of {cluster['hosts']} hosts."
     )
     return f"{said} Nothing here ran on a real fleet."
@@ -169,8 +170,9 @@ def notes(told: Mapping[str, Any]) -> list[str]:
 def speed(told: Mapping[str, Any]) -> str:
     """How fast the simulator was."""
     found = told["speed"]
+    were = "request was" if found["requests"] == 1 else "requests were"
     return (
-        f"{found['requests']:,} requests were simulated in {seconds(found['seconds'])} of computing, "
+        f"{found['requests']:,} {were} simulated in {seconds(found['seconds'])} of computing, "
         f"{found['per_second']:,.0f} a second."
     )
 

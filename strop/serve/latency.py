@@ -4,7 +4,6 @@ A roofline with the constants of a 70B-class model on 4 GPUs (arXiv 2606.03910 g
 constants, which are fitted), and a pipeline of stages with measured tables (arXiv 2606.03770).
 """
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from strop.core.method import Method
 
 Run = tuple[int, int]
 """Tokens that are computed in one piece, and the tokens before them."""
+SHORTEST, LONGEST = 1e-12, 1e9
+"""Seconds of an iteration or of a token's work: with others times add up to what numbers do not hold."""
+MOST_STAGES = 1000
 
 
 class Latency(Method, ABC):
@@ -52,10 +54,11 @@ class Roofline(Latency):
 
     def __post_init__(self) -> None:
         for name, value in self.fields().items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be seconds, 0 or more, got {value}")
-        if self.iteration + self.decode_request <= 0:
-            raise ValueError("an iteration takes time: iteration or decode_request must be above 0")
+            _require_seconds(name, value, zero=True)
+        if self.iteration + self.decode_request < SHORTEST:
+            raise ValueError(
+                f"an iteration takes time: iteration or decode_request must be at least {SHORTEST:g}"
+            )
 
     def prefill(self, runs: Sequence[Run]) -> float:
         return sum(n * (self.prefill_token + self.prefill_pair * (n / 2 + before)) for n, before in runs)
@@ -80,12 +83,14 @@ class Pipeline(Latency):
     """Seconds in the slowest stage for 1, 2, ... requests at once."""
 
     def __post_init__(self) -> None:
-        if self.stages < 1 or not self.decode_stage:
-            raise ValueError("a pipeline has a stage, and seconds for at least one request")
-        if not all(0 < value < math.inf for value in (self.prefill_token, *self.decode_stage)):
-            raise ValueError("seconds of a stage must be above 0")
-        if not 0 <= self.prefill_base < math.inf:
-            raise ValueError(f"prefill_base must be seconds, 0 or more, got {self.prefill_base}")
+        if not 1 <= self.stages <= MOST_STAGES or not self.decode_stage:
+            raise ValueError(
+                f"a pipeline has 1 to {MOST_STAGES} stages, and decode_stage seconds for at least one request"
+            )
+        _require_seconds("prefill_base", self.prefill_base, zero=True)
+        _require_seconds("prefill_token", self.prefill_token)
+        for value in self.decode_stage:
+            _require_seconds("decode_stage", value)
 
     def prefill(self, runs: Sequence[Run]) -> float:
         tokens = sum(n for n, _ in runs)
@@ -101,3 +106,9 @@ class Pipeline(Latency):
         share = -(-batch // self.stages)
         turns = -(-share // len(self.decode_stage))
         return self.stages * turns * self.decode_stage[-(-share // turns) - 1], 0.0
+
+
+def _require_seconds(name: str, value: float, zero: bool = False) -> None:
+    least = 0 if zero else SHORTEST
+    if not least <= value <= LONGEST:
+        raise ValueError(f"{name} must be seconds from {least:g} to {LONGEST:g}, got {value:g}")

@@ -34,7 +34,7 @@ from strop.serve.traces import around, generate, load
 
 REQUESTS = 2000
 """Of the trace that is made up where none is given."""
-MOST = {"instances": 4096, "hosts": 65_536, "seeds": 1000}
+MOST = {"instances": 4096, "hosts": 65_536, "seeds": 1000, "requests in all runs": 20_000_000}
 """What is simulated at all."""
 BINS = 100
 """Steps of load over time."""
@@ -79,8 +79,12 @@ def simulate(
     if out is not None:
         require_folder(out)
         require_parquet()
-    cluster = _sane(Cluster.load(cluster_file), settings)
+    cluster = Cluster.load(cluster_file)
+    instances = sum(len(group.hosts) * group.each for group in cluster.instances)
+    _require_sane({"instances": instances, "hosts": cluster.network.hosts, "seeds": settings.seeds})
     draw, about = _trace(cluster_file, trace_file, requests, skip_bad)
+    runs = settings.seeds * len(settings.policies)
+    _require_sane({"requests in all runs": about["requests"] * runs})
     trace = draw(0)
     for name in settings.policies:
         require_fits(cluster, trace, policy(name))
@@ -108,19 +112,13 @@ def simulate(
     return plain
 
 
-def _sane(cluster: Cluster, settings: Settings) -> Cluster:
-    """The cluster. Raises StropError where it or the settings are beyond `MOST`."""
-    found = {
-        "instances": sum(len(group.hosts) * group.each for group in cluster.instances),
-        "hosts": cluster.network.hosts,
-        "seeds": settings.seeds,
-    }
-    for name, most in MOST.items():
-        if found[name] > most:
+def _require_sane(counts: Mapping[str, int]) -> None:
+    """Raise StropError where a count is beyond `MOST`."""
+    for name, count in counts.items():
+        if count > MOST[name]:
             raise StropError(
-                f"{found[name]:,} {name} are more than the {most:,} that are simulated: use fewer"
+                f"{count:,} {name} are more than the {MOST[name]:,} that are simulated: use fewer"
             )
-    return cluster
 
 
 def _trace(
@@ -211,7 +209,7 @@ def _told(found: Experiment, cluster: Cluster) -> dict[str, Any]:
     return {
         "expected": None if found.expected is None else dataclasses.asdict(found.expected),
         "tuned": found.tuned and found.tuned | {"held_out": HELD_OUT},
-        "measured": len(every[0]),
+        "measured": _measured(every),
         "varied": bool(moved) or len(found.runs[base]) == 1,
         "rows": [bounded(row, row["policy"] in moved, base in moved) for row in found.rows()],
         "ttft": {
@@ -223,6 +221,19 @@ def _told(found: Experiment, cluster: Cluster) -> dict[str, Any]:
         "times": ((edges[1:] + edges[:-1]) / 2).tolist(),
         "shown": SHOWN,
         "speed": {"requests": requests, "seconds": spent, "per_second": requests / spent},
+    }
+
+
+def _measured(runs: Sequence[Results]) -> dict[str, float]:
+    """What the requests are like that were measured, in the first run or on average over all."""
+    arrived = runs[0].columns["arrived"]
+    return {
+        "requests": len(arrived),
+        "seconds": float(arrived.max() - arrived.min()),
+        **{
+            f"{name}_mean": float(np.mean([run.columns[name].mean() for run in runs]))
+            for name in ("prompt", "output")
+        },
     }
 
 

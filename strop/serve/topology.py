@@ -186,5 +186,5 @@ def require_amount(name: str, value: float, zero: bool = False) -> None:
     """Raise StropError unless a field is from `LEAST` to `MOST`, or 0 where that is allowed."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (LEAST <= value <= MOST or (zero and value == 0)):
-        least = f"0, or a number from {LEAST:g}" if zero else f"a number from {LEAST:g}"
-        raise StropError(f"{name} must be {least} to {MOST:g}, got {quoted(value)}")
+        least = "0 or" if zero else "above 0,"
+        raise StropError(f"{name} must be a finite number {least} {LEAST:g} to {MOST:g}, got {quoted(value)}")

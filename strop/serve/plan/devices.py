@@ -15,6 +15,7 @@ from typing import Any
 from strop.core.errors import StropError, quoted
 from strop.core.files import did_you_mean
 from strop.core.nodes import construct, read_yaml
+from strop.serve.topology import LEAST, MOST
 
 VERSION = 1
 LARGEST_BATCH = 16
@@ -50,8 +51,8 @@ class Timing:
         _require_positive(self, "prefill_token")
         _require_finite(self, "prefill_base")
         _require_steps("decode", self.decode)
-        if not min(self.decode) > 0:
-            raise ValueError("decode must be above 0 s for every batch size")
+        if min(self.decode) < LEAST:
+            raise ValueError(f"decode must be above 0 s, {LEAST:g} at least, for every batch size")
 
     def prefill(self, tokens: float) -> float:
         """Seconds for a prompt."""
@@ -226,7 +227,7 @@ def mapping(node: Any, where: str, required: Sequence[str], optional: Sequence[s
 
 
 def quantity(where: str, value: Any, dimension: str) -> float:
-    """A finite number, plain or with a unit such as `12 GB`, `920 Mb/s` or `1.6 ms`."""
+    """A number up to `MOST`, plain or with a unit such as `12 GB`, `920 Mb/s` or `1.6 ms`."""
     units = UNITS[dimension]
     match = re.fullmatch(r"\s*([-+\d.eE]+)\s*([A-Za-z/]+)\s*", value) if isinstance(value, str) else None
     try:
@@ -236,18 +237,18 @@ def quantity(where: str, value: Any, dimension: str) -> float:
             number = math.nan if isinstance(value, (str, bool)) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
+    if not abs(number) <= MOST:
         raise StropError(
             f"{where} is a number of {dimension}, or one with a unit out of {', '.join(units)}, "
-            f"got {quoted(value)}"
+            f"up to {MOST:g}, got {quoted(value)}"
         )
     return number
 
 
 def _require_positive(one: Any, *names: str) -> None:
     for name in names:
-        if not getattr(one, name) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(one, name):g}")
+        if not getattr(one, name) >= LEAST:
+            raise ValueError(f"{name} must be above 0, {LEAST:g} at least, got {getattr(one, name):g}")
 
 
 def _require_finite(one: Any, *names: str) -> None:

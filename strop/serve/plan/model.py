@@ -16,7 +16,8 @@ from typing import Any
 from strop.core.errors import UNREAD, StropError, quoted, reason
 from strop.serve.plan.devices import mapping, quantity
 
-MOST_BLOCKS = 512
+MOST_BLOCKS = 160
+"""A search takes time and memory with their square: above, hours and gigabytes."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 BYTES = {
     "float32": 4,

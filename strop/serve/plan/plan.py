@@ -5,7 +5,6 @@ step by micro-batch, both with the head where the stage has it, and the seconds 
 input. A pipeline of K stages takes K micro-batches at a time (arXiv 2606.03770).
 """
 
-import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from strop.core.nodes import read_yaml, scalar
 from strop.serve.plan.devices import Device, Links, mapping, parse_links
 from strop.serve.plan.model import ModelShape
 from strop.serve.plan.workload import Workload
+from strop.serve.topology import MOST
 
 VERSION = 1
 PREFILL, DECODE, MIXED = "prefill", "decode", "mixed"
@@ -219,8 +219,8 @@ def _object(kind: type, node: Any, where: str, **made: Any) -> Any:
     plain = {key: scalar(f"{where}.{key}", node[key], hints[key]) for key in hints if key not in made}
     for key, value in plain.items():
         numbers = value if isinstance(value, tuple) else [value]
-        if not all(0 <= one < math.inf for one in numbers if isinstance(one, (int, float))):
-            raise StropError(f"{where}.{key} holds finite numbers of at least 0, got {quoted(value)}")
+        if not all(0 <= one <= MOST for one in numbers if isinstance(one, (int, float))):
+            raise StropError(f"{where}.{key} holds finite numbers from 0 to {MOST:g}, got {quoted(value)}")
     return kind(**plain, **made)
 
 
@@ -230,6 +230,8 @@ def _check(plan: DeploymentPlan, where: str) -> None:
         raise StropError(f"{where} has no replica: plan again")
     if len(set(plan.devices)) < len(plan.devices):
         raise StropError(f"{where} gives a device two stages: plan again")
+    if len({*plan.devices, *plan.idle}) < len(plan.devices) + len(plan.idle):
+        raise StropError(f"{where} has an idle device that serves, or twice: plan again")
     for k, replica in enumerate(plan.replicas):
         ends = [-1, *(stage.last for stage in replica.stages)]
         firsts = [stage.first for stage in replica.stages]
@@ -238,5 +240,7 @@ def _check(plan: DeploymentPlan, where: str) -> None:
             raise StropError(
                 f"replica {k} of {where} needs every block once, in order, and one master: plan again"
             )
+        if not all(stage.decode for stage in replica.stages):
+            raise StropError(f"replica {k} of {where} has a stage without seconds of decode: plan again")
         if replica.role not in ROLES or (replica.concurrency < 1) != (replica.role == PREFILL):
             raise StropError(f"replica {k} of {where} is {', '.join(ROLES)} with a concurrency: plan again")
