@@ -9,6 +9,7 @@ import pytest
 from strop.core.errors import StropError
 from strop.core.nodes import MOST_BYTES
 from strop.serve.background import Constant
+from strop.serve.chunks import Shrinking
 from strop.serve.cluster import Cluster, Group
 from strop.serve.latency import Pipeline
 from strop.serve.topology import FatTree
@@ -34,6 +35,7 @@ def group(role: str = "both", **fields) -> dict:
         ({"kv_bytes": 0}, "kv_bytes must be a finite number above 0"),
         ({"telemetry": math.nan}, "telemetry must be a finite number above 0"),
         ({"telemetry": 1e-4}, "telemetry must be at least 0.001 seconds"),
+        ({"reports": 1e-6}, "reports must be at least 0.001 seconds"),
         ({"kv_bytes": 1e300}, "kv_bytes must be"),
         (group(kv_tokens=10**30), r"kv_tokens must be at least 1 and at most 1e\+12"),
         (group(batch=0), "batch must be at least 1"),
@@ -79,6 +81,11 @@ def test_a_cluster_file_says_what_its_objects_say(tmp_path):
     )
     assert found == Cluster(network=FatTree(pods=2), background=Constant(0.1), instances=groups)
     assert dataclasses.is_dataclass(found) and len(found.of("decode")) == 4
+
+
+def test_a_file_may_name_the_chunks_of_instances_that_do_both():
+    for said, chunk in (("shrinking", Shrinking()), ({"shrinking": {"floor": 64}}, Shrinking(floor=64))):
+        assert Cluster.from_dict({"strop": 1, **group(chunk=said)}).instances[0].chunk == chunk
 
 
 def test_what_is_no_regular_file_or_too_large_is_refused_before_it_is_read(tmp_path):

@@ -336,7 +336,7 @@ def test_a_host_that_is_not_there_is_refused(kind):
         ("step", lambda: RandomWalk(step=0)),
         ("period", lambda: RandomWalk(period=0)),
         ("period", lambda: RandomWalk(period=1e-4)),
-        ("every", lambda: Windows(length=1e-4, every=1e-4)),
+        ("every", lambda: Windows(length=1.0, every=1e-4)),
         ("length", lambda: Windows(length=1e-4)),
         ("bandwidth", lambda: Flat(bandwidth=1e-300)),
         ("bandwidth", lambda: Flat(bandwidth=1e300)),

@@ -67,8 +67,9 @@ def construct(
 ) -> Any:
     """An object of a dataclass from its fields, each of the type that the class says.
 
-    A field that takes a method or a dataclass is given to `nested`. Raises StropError for anything else;
-    `what` names the object where the class itself refuses, `given` are fields that are objects already.
+    A field that takes a method, a dataclass or an abstract class is given to `nested`. Raises StropError for
+    anything else; `what` names the object where the class itself refuses, `given` are fields that are objects
+    already.
     """
     if not isinstance(fields, dict):
         raise StropError(f"{what or where} takes `field: value` pairs, got {quoted(fields)}")
@@ -90,7 +91,9 @@ def construct(
 
 
 def _is_object(kind: Any) -> bool:
-    return isinstance(kind, type) and (issubclass(kind, Method) or dataclasses.is_dataclass(kind))
+    if not isinstance(kind, type):
+        return False
+    return issubclass(kind, Method) or dataclasses.is_dataclass(kind) or inspect.isabstract(kind)
 
 
 def kinds(hint: Any) -> tuple[type, ...]:

@@ -102,7 +102,8 @@ class Cluster(Method):
     def __post_init__(self) -> None:
         require_amount("kv_bytes", self.kv_bytes)
         require_seconds("telemetry", self.telemetry)
-        require_amount("reports", self.reports, zero=True)
+        if self.reports != 0:
+            require_seconds("reports", self.reports)
         roles = {group.role for group in self.instances}
         if roles != {"both"} and roles != {"prefill", "decode"}:
             raise ValueError("instances must be of both roles, or some prefill and the others decode")
