@@ -49,11 +49,13 @@ DRAWN = (
 
 
 def common(scale: Scale, varied: str) -> dict[str, Any]:
+    """The fields that all of these claims share."""
     seeds = scale.instances if varied == "devices" else scale.seeds
     return {"paper": "e2llm", "scale": scale.name, "seeds": seeds, "varied": varied}
 
 
 def phase(runs: Table, data: str, plan: str) -> float:
+    """Seconds of a request of the busier role, as predicted."""
     return float(runs.pick("phase", data=data, plan=plan, period=CROWDED))
 
 
