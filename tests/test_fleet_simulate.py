@@ -168,7 +168,7 @@ def test_nothing_is_lost_under_any_policy_and_runs_repeat(name):
 def test_memory_that_is_short_is_waited_for(name, shared):
     roles = ("both",) if shared else ("prefill", "decode")
     groups = tuple(
-        Group(role=role, hosts=(i,), kv_tokens=11_000, batch=4, evict=name, holes=True)
+        Group(role=role, hosts=(i,), kv_tokens=11_000, batch=4, evict=name, holes=role != "decode")
         for i, role in enumerate(roles)
     )
     cluster = Cluster(network=Flat(hosts=2), instances=groups, kv_bytes=100)

@@ -266,7 +266,8 @@ def test_plan_prints_replicas_and_rivals_at_80_columns_and_writes(tmp_path):
     file, out = written(tmp_path, small()), tmp_path / "plan.yaml"
     model = ",".join(f"{key}={value}" for key, value in TYPED.items())
     words = ("plan", file, "--model", model, "--workload", "in=10,out=10,period=0.01")
-    text = run(*words, "--out", out)
+    text, _, told = run(*words, "--out", out).rpartition("Plan: ")
+    assert told.strip() == str(out)
     assert "idle        c: a defect" in text and "unstable" in text and "Splitwise, adapted" in text
     assert "one, by memory" in text and max(map(len, text.splitlines())) <= 80
     assert DeploymentPlan.from_yaml(out).idle == ("c",)
