@@ -223,6 +223,9 @@ def claims(
         list[str] | None, typer.Argument(metavar="PAPER", help="Such as kvarn. Default: all.")
     ] = None,
     scale: Annotated[Scale, typer.Option(help="How large the experiments are.")] = Scale.cpu,
+    scheduler: Annotated[
+        bool, typer.Option("--scheduler", help="Of asymcache what needs no model: eviction and chunks.")
+    ] = False,
     executor: OnExecutor = Executor.local,
     address: Address = None,
     workers: Workers = None,
@@ -230,12 +233,13 @@ def claims(
 ) -> None:
     """Measure again what papers claim: what they say, what we measured, and a verdict."""
     console.quiet()
-    from strop.claims import run_claims
+    from strop.claims import PAPERS, SCHEDULERS, run_claims
     from strop.core.executor import executor as named
 
     where = named(executor.value, address, workers)
     with console.progress() as report:
-        found = run_claims(papers or [], scale.value, report, where)
+        known = SCHEDULERS if scheduler else PAPERS
+        found = run_claims(papers or [], scale.value, report, where, known)
     if as_json:
         console.print_json([claim.to_dict() for claim in found])
     else:

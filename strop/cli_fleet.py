@@ -16,7 +16,11 @@ Cluster = Annotated[
 ]
 Trace = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="A trace of Mooncake, Azure or BurstGPT. Default: made up."),
+    typer.Option(
+        metavar="FILE|NAME",
+        help="A trace of Mooncake, Azure or BurstGPT, or one made up: conversation, synthetic, code, chat, "
+        "or sessions that wait for their answers: longbench, loogle, agents. Default: conversation.",
+    ),
 ]
 Policies = Annotated[
     str | None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from strop.serve.base import Context, Endpoints, LocalState, Request
+from strop.serve.results import Results
 
 
 @dataclass
@@ -71,3 +72,9 @@ def random_states(seed: int, number: int, exact: bool):
         endpoints = fleet(node[i, few], hits[i, few], **{name: each[i, few] for name, each in rows.items()})
         flows = {(7, 1): n_in[i][0], (7, 3): n_in[i][1], (0, 1): n_in[i][2], (0, 2): n_in[i][3]}
         yield Request(i, int(prompts[i, 0])), endpoints, context(*tiers, flows, sent[i, few], 0.25)
+
+
+def identical(one: Results, other: Results) -> bool:
+    """Whether two runs are the same, bit for bit."""
+    columns = all(np.array_equal(values, other.columns[name]) for name, values in one.columns.items())
+    return columns and np.array_equal(one.spans, other.spans) and one.events == other.events

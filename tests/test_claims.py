@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 import strop
-from strop.claims import run_claims
+from strop.claims import SCHEDULERS, run_claims
 from strop.claims.accuracy import even_problems, read_prompts, solve, texts
 from strop.claims.base import VERDICTS, Table, graded, interval, ratio
 from strop.claims.codec_bed import CODER, PLAIN, PLANTED, Bed, Progress, Scale, expected, run
@@ -304,6 +304,8 @@ def test_intervals_and_grades():
 def test_mistakes_are_said_in_one_sentence():
     with pytest.raises(StropError, match=r"no claims of a paper 'kvran'.*did you mean 'kvarn'"):
         run_claims(["kvran"])
+    with pytest.raises(StropError, match="known: asymcache"):
+        run_claims(["kvarn"], known=SCHEDULERS)
     with pytest.raises(StropError, match="unknown scale"):
         run_claims(["kvarn"], "huge")
     if not torch.cuda.is_available():

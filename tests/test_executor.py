@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_cli import TEXT, strop_
+from routing import identical
+from test_cli import ROOT, TEXT, strop_
 from test_tune import model, rows_of  # noqa: F401
 from working import Squares
 
@@ -24,6 +25,10 @@ from strop.core import executor
 from strop.core.errors import StropError
 from strop.core.executor import Local, Lost, Ray, cluster
 from strop.kv import SnapKV
+from strop.serve.cluster import Cluster
+from strop.serve.experiment import Settings as FleetSettings
+from strop.serve.experiment import experiment
+from strop.serve.traces import made
 from strop.tune import measure, study, workload
 from strop.tune.engine import Settings, tune
 from strop.tune.report import scope
@@ -297,3 +302,12 @@ def test_claims_are_the_same_side_by_side_and_what_is_timed_runs_here_behind_the
     assert [row["number"] for row in told["ray"]["sums"]] == [7, 14, 21]
     assert {row["pid"] for row in told["ray"]["times"]} == {os.getpid()}
     assert os.getpid() not in {row["pid"] for row in told["ray"]["sums"]}
+
+
+def test_a_simulation_on_ray_is_that_of_one_process_bit_for_bit():
+    fleet = Cluster.load(ROOT / "examples" / "fat-tree-64.yaml")
+    asked = FleetSettings(policies=("round-robin", "netkv"), seeds=2)
+    draw = partial(made, "conversation", 40)
+    here, there = (experiment(fleet, draw, asked, where).runs for where in (Local(), Ray()))
+    for name, runs in here.items():
+        assert all(identical(*pair) for pair in zip(runs, there[name], strict=True))

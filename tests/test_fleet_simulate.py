@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from routing import identical
 
 from strop.core.errors import StropError
 from strop.serve.background import Constant, RandomWalk
@@ -158,8 +159,7 @@ def test_who_comes_during_an_iteration_joins_at_its_end():
 def test_nothing_is_lost_under_any_policy_and_runs_repeat(name):
     cluster, made = fleet(background=RandomWalk(), reports=0.5), busy()
     one, two = (run(cluster, made, POLICIES[name](), seed=4) for _ in range(2))
-    assert all(np.array_equal(one.columns[key], two.columns[key]) for key in one.columns)
-    assert np.array_equal(one.spans, two.spans) and one.events == two.events
+    assert identical(one, two)
     assert sum(n * b for n, _, _, b in one.spans) == one.columns["output"].sum()
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from browser import chromium, complaints, requests, show
+from routing import identical
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from test_cli import ROOT, strop_
@@ -24,7 +25,7 @@ from strop.serve.cluster import Cluster
 from strop.serve.experiment import Settings, alike, experiment
 from strop.serve.fleet_report import write_report
 from strop.serve.run import names, nearest, occupied, simulate
-from strop.serve.traces import load
+from strop.serve.traces import MADE, load, made
 
 EXAMPLE = ROOT / "examples" / "fat-tree-64.yaml"
 POLICIES = ("round-robin", "netkv", "netkv:gamma=0.5,hits=false")
@@ -127,9 +128,19 @@ def test_processes_give_what_one_process_gives_bit_for_bit(trace):
     assert list(alone_.runs) == list(spread.runs) == list(asked.policies)
     for name, runs in alone_.runs.items():
         for one, other in zip(runs, spread.runs[name], strict=True):
-            assert np.array_equal(one.spans, other.spans) and one.events == other.events
-            for column, values in one.columns.items():
-                assert np.array_equal(values, other.columns[column]), column
+            assert identical(one, other)
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_every_made_up_trace_has_a_name_and_differs_by_seed(name):
+    one, again, other = (made(name, 100, seed) for seed in (0, 0, 1))
+    assert len(one.all()) == 100 or name == "agents"
+    assert one.jobs == again.jobs != other.jobs
+
+
+def test_sessions_are_simulated_by_name():
+    told = json.loads(run(EXAMPLE, "--trace", "agents", "--policy", "jsq", "--requests", 60, "--json").stdout)
+    assert told["trace"]["name"] == "agents with tools" and told["trace"]["hashed"]
 
 
 def test_tuned_weights_are_told(trace, tmp_path):
@@ -213,6 +224,7 @@ REFUSED = {
         "in all runs are",
     ),
     "no such trace": (["--trace", "nowhere.jsonl"], "nowhere.jsonl"),
+    "no trace of that name": (["--trace", "agent"], "did you mean 'agents'?"),
     "an address without a cluster": (["--address", "auto"], "add --executor ray"),
 }
 

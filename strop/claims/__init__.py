@@ -8,7 +8,7 @@ from strop.core.executor import Executor, Local, Lost
 from strop.core.files import did_you_mean
 from strop.core.machine import code_version, environment, require_alike
 
-__all__ = ["PAPERS", "SCALES", "VERDICTS", "Claim", "Report", "run_claims"]
+__all__ = ["PAPERS", "SCALES", "SCHEDULERS", "VERDICTS", "Claim", "Report", "run_claims"]
 
 SCALES = ("cpu", "gpu")
 LOCAL = Local()
@@ -82,6 +82,8 @@ PAPERS: dict[str, Callable[[], Paper]] = {
     "asymcache": _asymcache,
 }
 """Key of each paper and how its claims are measured; an experiment is imported when it runs."""
+SCHEDULERS: dict[str, Callable[[], Paper]] = {"asymcache": _asymcache}
+"""Of papers with a model's side and a scheduler's: the latter, which loads no model."""
 
 
 class Experimenter:
@@ -123,25 +125,26 @@ def run_claims(
     scale: str = "cpu",
     report: Report = lambda what, share: None,
     where: Executor = LOCAL,
+    known: Mapping[str, Callable[[], Paper]] = PAPERS,
 ) -> list[Claim]:
-    """Measure the claims of papers again; of all papers when none is named.
+    """Measure the claims of papers again; of all that are `known` when none is named.
 
     Deterministic on one machine, but for claims about time, whose experiments run here, one after another,
     behind all others. "cpu" takes some minutes on two cores; "gpu" measures more of the same on a CUDA
     device. `report` hears what is being measured and the share done. Raises StropError for an unknown paper
     or scale, a missing bundled model, or a missing device.
     """
-    chosen = list(dict.fromkeys(papers)) or list(PAPERS)
+    chosen = list(dict.fromkeys(papers)) or list(known)
     for paper in chosen:
-        if paper not in PAPERS:
-            raise StropError(f"no claims of a paper {paper!r} here; {did_you_mean(paper, list(PAPERS))}")
+        if paper not in known:
+            raise StropError(f"no claims of a paper {paper!r} here; {did_you_mean(paper, list(known))}")
     if scale not in SCALES:
         raise StropError(f"unknown scale {scale!r}; {did_you_mean(scale, list(SCALES))}")
-    loaded = {name: PAPERS[name]() for name in chosen}
+    loaded = {name: known[name]() for name in chosen}
     parts = {
         (name, part.name): part for name, paper in loaded.items() for part in paper.parts(paper.scales[scale])
     }
-    makers = {name: PAPERS[name] for name in chosen}
+    makers = {name: known[name] for name in chosen}
     here, gpus = Experimenter(makers, scale), int(scale == "gpu")
     tables: dict[Task, Tables] = {}
     shares: dict[Task, float] = {}

@@ -125,14 +125,14 @@ def away(trace: Trace) -> Reuse:
     return Reuse(float(np.quantile([job.gap for job in trace.all() if job.next], 0.99)), P)
 
 
-def reused(trace: Trace) -> Reuse:
-    """L from any trace: the 99th percentile of the times between two uses of a block."""
+def reused(trace: Trace, quantile: float = 0.99) -> Reuse:
+    """L from any trace: a high quantile of the times between two uses of a block."""
     last: dict[int, float] = {}
     gaps = []
     for now, blocks in arrivals(trace):
         gaps += [now - last[block] for block in blocks if block in last]
         last.update(dict.fromkeys(blocks, now))
-    return Reuse(max(float(np.quantile(gaps, 0.99)), 1e-3), P)
+    return Reuse(max(float(np.quantile(gaps, quantile)), 1e-3), P)
 
 
 def store(name: str, blocks: int, trace: Trace, reuse: Reuse) -> KVStore:

@@ -15,7 +15,7 @@ import numpy as np
 
 from strop.core.errors import StropError
 from strop.core.executor import Executor, Local, executor
-from strop.core.files import alone, require_folder, write_json
+from strop.core.files import alone, did_you_mean, require_folder, write_json
 from strop.core.machine import host
 from strop.core.method import Method
 from strop.core.nodes import read_yaml
@@ -30,7 +30,7 @@ from strop.serve.plan import DeploymentPlan
 from strop.serve.results import Results
 from strop.serve.routing import policy
 from strop.serve.simulate import require_fits
-from strop.serve.traces import around, generate, load
+from strop.serve.traces import MADE, around, load, made
 
 REQUESTS = 2000
 """Of the trace that is made up where none is given."""
@@ -125,11 +125,15 @@ def _trace(
     cluster: Path, file: Path | None, requests: int | None, skip_bad: bool
 ) -> tuple[Draw, dict[str, Any]]:
     """The trace of each seed, and what that of the first is."""
-    if file is not None and requests is not None:
-        raise StropError(f"--requests is for the trace that is made up: leave it out, or {file}")
-    if file is None and skip_bad:
+    name = None if file is None or file.exists() or file.suffix else str(file)
+    if name is not None and name not in MADE:
+        raise StropError(f"no file and no made-up trace is called {name}: {did_you_mean(name, list(MADE))}")
+    read = file if name is None else None
+    if read is not None and requests is not None:
+        raise StropError(f"--requests is for the trace that is made up: leave it out, or {read}")
+    if read is None and skip_bad:
         raise StropError("--skip-bad is for rows of a file: add --trace FILE, or leave it out")
-    draw = partial(alike, load(file, skip_bad)) if file else _made(cluster, requests or REQUESTS)
+    draw = partial(alike, load(read, skip_bad)) if read else _made(cluster, name, requests or REQUESTS)
     trace = draw(0)
     jobs = trace.all()
     return draw, {
@@ -144,10 +148,10 @@ def _trace(
     }
 
 
-def _made(cluster: Path, requests: int) -> Draw:
-    """Conversations; for a plan, requests as it was made for, or as fast as it can serve them."""
-    if not is_plan(read_yaml(cluster, "cluster")):
-        return partial(generate, "conversation", requests)
+def _made(cluster: Path, name: str | None, requests: int) -> Draw:
+    """What is named; else conversations, or for a plan requests it was made for, or as it serves them."""
+    if name is not None or not is_plan(read_yaml(cluster, "cluster")):
+        return partial(made, name or "conversation", requests)
     plan = DeploymentPlan.from_yaml(cluster)
     load = plan.workload
     return partial(around, load.prompt, load.output, load.period or plan.phase, requests)
