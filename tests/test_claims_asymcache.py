@@ -42,9 +42,9 @@ from strop.claims.asymcache_study import (
 from strop.claims.asymcache_use import TIMES, brings, cells, shrinking, together, unshrunk
 from strop.claims.asymcache_use import served as use_served
 from strop.claims.base import VERDICTS, Progress, Table, joined
-from strop.core.eviction import Reuse
+from strop.core.evict.asymcache import AsymCache
+from strop.core.evict.worth import Reuse
 from strop.serve.base import Job, Request, Trace
-from strop.serve.evict.asymcache import AsymCache
 from strop.serve.traces import agents
 
 TINY = Scale(

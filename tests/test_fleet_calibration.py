@@ -5,12 +5,12 @@ from functools import cache
 import pytest
 
 from strop.claims.asymcache_bed import cost, reused
-from strop.core.eviction import Reuse
+from strop.core.blocks import KVStore
+from strop.core.evict.asymcache import AsymCache
+from strop.core.evict.lru import LRU
+from strop.core.evict.worth import Reuse
 from strop.serve.base import Trace
 from strop.serve.cache_replay import replay
-from strop.serve.evict.asymcache import AsymCache
-from strop.serve.evict.lru import LRU
-from strop.serve.store import KVStore
 from strop.serve.traces import load
 from strop.serve.traces.read import data_root
 

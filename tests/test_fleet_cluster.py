@@ -6,10 +6,10 @@ import os
 
 import pytest
 
+from strop.core.chunks import Shrinking
 from strop.core.errors import StropError
 from strop.core.nodes import MOST_BYTES
 from strop.serve.background import Constant
-from strop.serve.chunks import Shrinking
 from strop.serve.cluster import Cluster, Group
 from strop.serve.latency import Pipeline
 from strop.serve.topology import FatTree

@@ -7,17 +7,17 @@ import time
 import numpy as np
 import pytest
 
+from strop.core.blocks import KVStore
+from strop.core.chunks import Fixed, Shrinking
 from strop.core.errors import StropError
-from strop.core.eviction import RecomputeCost, Reuse
+from strop.core.evict import EVICTORS, Surroundings
+from strop.core.evict.asymcache import EVERY, AsymCache
+from strop.core.evict.ghost import Ghost
+from strop.core.evict.lru import LRU
+from strop.core.evict.worth import RecomputeCost, Reuse
 from strop.serve.base import Job, Request, Trace
 from strop.serve.cache_replay import arrivals, replay
-from strop.serve.chunks import Fixed, Shrinking
-from strop.serve.evict import EVICTORS, Surroundings
-from strop.serve.evict.asymcache import EVERY, AsymCache
-from strop.serve.evict.ghost import Ghost
-from strop.serve.evict.lru import LRU
 from strop.serve.pinning import ENOUGH, ContinuumTTL
-from strop.serve.store import KVStore
 
 COST = RecomputeCost.of(0.216e-3, 7.1e-9, 512)
 FLAT = RecomputeCost(1.0, 0.0)

@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 from routing import identical
 
-from strop.core.eviction import Reuse
+from strop.core.blocks import KVStore
+from strop.core.chunks import Fixed
+from strop.core.evict import EVICTORS
+from strop.core.evict.asymcache import AsymCache
+from strop.core.evict.worth import Reuse
 from strop.serve.base import Job, Request, Trace
-from strop.serve.chunks import Fixed
 from strop.serve.cluster import Cluster, Group
 from strop.serve.decode import spoken
-from strop.serve.evict import EVICTORS
-from strop.serve.evict.asymcache import AsymCache
 from strop.serve.latency import Roofline
 from strop.serve.mixed import EVERY
 from strop.serve.routing import POLICIES
 from strop.serve.simulate import Simulation
-from strop.serve.store import KVStore
 from strop.serve.topology import Flat
 from strop.serve.traces import agents
 

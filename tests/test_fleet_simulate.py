@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing import identical
 
+from strop.core.chunks import Fixed
 from strop.core.errors import StropError
+from strop.core.evict import EVICTORS
 from strop.serve.background import Constant, RandomWalk
 from strop.serve.base import Job, Request, Trace
 from strop.serve.batch import Batch
-from strop.serve.chunks import Fixed
 from strop.serve.cluster import Cluster, Group
-from strop.serve.evict import EVICTORS
 from strop.serve.latency import Pipeline, Roofline
 from strop.serve.routing import POLICIES
 from strop.serve.simulate import Simulation

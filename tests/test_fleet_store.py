@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strop.core.blocks import KVStore, PrefixIndex, Run
 from strop.core.errors import StropError
-from strop.core.eviction import RecomputeCost, Reuse
-from strop.serve.base import Evictor
-from strop.serve.evict import EVICTORS, Surroundings
-from strop.serve.evict.lru import LRU
-from strop.serve.store import KVStore, PrefixIndex, Run
+from strop.core.evict import EVICTORS, Surroundings
+from strop.core.evict.base import Evictor
+from strop.core.evict.lru import LRU
+from strop.core.evict.worth import RecomputeCost, Reuse
 
 AROUND = Surroundings(12, RecomputeCost(1.0, 0.1), Reuse(5.0, 0.5), [(0.0, (0,))])
 

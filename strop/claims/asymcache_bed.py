@@ -11,18 +11,18 @@ import numpy as np
 
 from strop.claims.base import Progress
 from strop.claims.fleet_bed import checked
-from strop.core.eviction import RecomputeCost, Reuse
-from strop.serve.base import BatchPolicy, Trace
+from strop.core.blocks import KVStore
+from strop.core.chunks import BatchPolicy, Fixed
+from strop.core.evict import EVICTORS, Surroundings
+from strop.core.evict.asymcache import AsymCache
+from strop.core.evict.worth import RecomputeCost, Reuse
+from strop.serve.base import Trace
 from strop.serve.cache_replay import Replay, arrivals, replay
-from strop.serve.chunks import Fixed
 from strop.serve.cluster import Cluster, Group
-from strop.serve.evict import EVICTORS, Surroundings
-from strop.serve.evict.asymcache import AsymCache
 from strop.serve.latency import Roofline
 from strop.serve.results import Results
 from strop.serve.routing.jsq import JSQ
 from strop.serve.simulate import Simulation
-from strop.serve.store import KVStore
 from strop.serve.topology import Flat
 from strop.serve.traces import generate, load
 from strop.serve.traces.read import data_root

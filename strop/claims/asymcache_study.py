@@ -32,11 +32,12 @@ from strop.claims.asymcache_bed import (
     served,
 )
 from strop.claims.base import Part, Progress, Row, part
-from strop.core.eviction import RecomputeCost, Reuse
-from strop.serve.base import BatchPolicy, Evictor, Job, Request, Trace
-from strop.serve.chunks import Fixed, Shrinking
-from strop.serve.evict.asymcache import AsymCache
-from strop.serve.evict.scan import Scan
+from strop.core.chunks import BatchPolicy, Fixed, Shrinking
+from strop.core.evict.asymcache import AsymCache
+from strop.core.evict.base import Evictor
+from strop.core.evict.scan import Scan
+from strop.core.evict.worth import RecomputeCost, Reuse
+from strop.serve.base import Job, Request, Trace
 from strop.serve.latency import Roofline
 from strop.serve.traces import agents, documents
 

@@ -18,7 +18,7 @@ from strop.claims.asymcache_study import (
 )
 from strop.claims.base import Claim, Row, Table, Tables, graded, interval, listed, ratio
 from strop.claims.fleet_bed import mostly
-from strop.serve.chunks import Shrinking
+from strop.core.chunks import Shrinking
 
 KEY = "asymcache"
 RIVALS = (LRU, MAX_SCORE, PENSIEVE)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 
+from strop.core.blocks import KVStore
 from strop.core.errors import StropError
-from strop.core.eviction import RecomputeCost
+from strop.core.evict.worth import RecomputeCost
 from strop.serve.base import Trace
-from strop.serve.store import KVStore
 
 
 @dataclass(frozen=True)

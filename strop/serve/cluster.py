@@ -4,15 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from strop.core.chunks import CHUNKS, BatchPolicy, Fixed
 from strop.core.errors import StropError, quoted
-from strop.core.eviction import Reuse
+from strop.core.evict import EVICTORS
+from strop.core.evict.worth import Reuse
 from strop.core.files import did_you_mean
 from strop.core.method import Method
 from strop.core.nodes import construct, read_yaml
 from strop.serve.background import Background, Constant, RandomWalk, Windows, require_seconds
-from strop.serve.base import BatchPolicy
-from strop.serve.chunks import CHUNKS, Fixed
-from strop.serve.evict import EVICTORS
 from strop.serve.latency import Latency, Pipeline, Roofline
 from strop.serve.topology import FatTree, Flat, Topology, require_amount
 

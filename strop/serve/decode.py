@@ -7,12 +7,12 @@ and it joins the batch where the iteration under way ends.
 from collections import deque
 from collections.abc import Callable
 
+from strop.core.blocks import KVStore
 from strop.serve.base import Job
 from strop.serve.batch import Batch
 from strop.serve.events import Clock
 from strop.serve.instance import Flight, Pool
 from strop.serve.latency import Latency
-from strop.serve.store import KVStore
 
 
 class Decode:

@@ -6,9 +6,9 @@ from math import nan
 
 import numpy as np
 
+from strop.core.blocks import PrefixIndex
 from strop.serve.base import Endpoints, Job
 from strop.serve.latency import Run
-from strop.serve.store import PrefixIndex
 
 ANSWER = 500.0
 """Tokens that an answer is taken to have before any has ended."""

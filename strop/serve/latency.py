@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from strop.core.eviction import RecomputeCost
+from strop.core.evict.worth import RecomputeCost
 from strop.core.method import Method
 
 Run = tuple[int, int]

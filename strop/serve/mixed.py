@@ -12,14 +12,14 @@ from collections import deque
 from collections.abc import Callable
 from math import inf
 
-from strop.serve.base import BatchPolicy
+from strop.core.blocks import KVStore
+from strop.core.chunks import BatchPolicy
 from strop.serve.decode import Decode
 from strop.serve.events import Clock
 from strop.serve.instance import Flight, Pool
 from strop.serve.latency import Latency, Run
 from strop.serve.pinning import ContinuumTTL
 from strop.serve.prefill import to_compute
-from strop.serve.store import KVStore
 
 RECENTLY, EVERY = 1000, 64
 """Returns of sessions that reuse times are taken from, and those between two times that the evictor hears."""

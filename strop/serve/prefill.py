@@ -7,11 +7,11 @@ last token always is, for without it there is no next one.
 from collections import deque
 from collections.abc import Callable
 
+from strop.core.blocks import KVStore
 from strop.serve.base import Request
 from strop.serve.events import Clock
 from strop.serve.instance import Flight, Pool
 from strop.serve.latency import Latency, Run
-from strop.serve.store import KVStore
 
 
 class Prefill:

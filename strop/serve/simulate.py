@@ -12,13 +12,14 @@ from itertools import pairwise
 
 import numpy as np
 
+from strop.core.blocks import KVStore
 from strop.core.errors import StropError
+from strop.core.evict import EVICTORS, Surroundings
 from strop.serve.background import period_of
 from strop.serve.base import Context, Job, LocalState, RoutingPolicy, Trace
 from strop.serve.cluster import Cluster, Group
 from strop.serve.decode import Decode
 from strop.serve.events import Clock
-from strop.serve.evict import EVICTORS, Surroundings
 from strop.serve.instance import Flight, Pool
 from strop.serve.mixed import Mixed
 from strop.serve.network import Network
@@ -27,7 +28,6 @@ from strop.serve.pinning import ContinuumTTL
 from strop.serve.prefill import Prefill
 from strop.serve.results import TIMES, Results, collect
 from strop.serve.routing.jsq import JSQ
-from strop.serve.store import KVStore
 
 
 class Router:

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from strop.core.eviction import RecomputeCost, Reuse
-from strop.serve.base import Evictor
-from strop.serve.evict.asymcache import AsymCache
-from strop.serve.evict.lru import LRU
+from strop.core.evict.asymcache import AsymCache
+from strop.core.evict.base import Evictor
+from strop.core.evict.lru import LRU
+from strop.core.evict.worth import RecomputeCost, Reuse
 
 QUANTILES = (0.9, 0.99)
 SETTINGS = tuple((p, quantile) for p in (0.1, 0.5, 0.9, 0.99) for quantile in QUANTILES)

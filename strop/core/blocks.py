@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from strop.core.errors import StropError
-from strop.serve.base import Evictor
-from strop.serve.evict.lru import LRU
+from strop.core.evict.base import Evictor
+from strop.core.evict.lru import LRU
 
 
 class Run(NamedTuple):

@@ -5,8 +5,8 @@ Left out: the second tier in host memory to which Pensieve moves what it evicts.
 
 import numpy as np
 
-from strop.core.eviction import RecomputeCost
-from strop.serve.evict.scan import Scan
+from strop.core.evict.scan import Scan
+from strop.core.evict.worth import RecomputeCost
 
 
 class Pensieve(Scan):

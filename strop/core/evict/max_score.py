@@ -6,8 +6,8 @@ LRU; what differs is that every block is looked at.
 
 import numpy as np
 
-from strop.core.eviction import Reuse
-from strop.serve.evict.scan import Scan
+from strop.core.evict.scan import Scan
+from strop.core.evict.worth import Reuse
 
 
 class MaxScore(Scan):

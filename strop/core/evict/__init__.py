@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from strop.core.errors import StropError
-from strop.core.eviction import RecomputeCost, Reuse
-from strop.serve.base import Evictor
-from strop.serve.evict.asymcache import AsymCache
-from strop.serve.evict.belady import Belady
-from strop.serve.evict.ghost import Ghost
-from strop.serve.evict.lru import LRU
-from strop.serve.evict.max_score import MaxScore
-from strop.serve.evict.pensieve import Pensieve
+from strop.core.evict.asymcache import AsymCache
+from strop.core.evict.base import Evictor
+from strop.core.evict.belady import Belady
+from strop.core.evict.ghost import Ghost
+from strop.core.evict.lru import LRU
+from strop.core.evict.max_score import MaxScore
+from strop.core.evict.pensieve import Pensieve
+from strop.core.evict.worth import RecomputeCost, Reuse
 
 
 @dataclass(frozen=True)

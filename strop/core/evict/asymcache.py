@@ -16,8 +16,8 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from strop.core.eviction import RecomputeCost, Reuse
-from strop.serve.base import Evictor
+from strop.core.evict.base import Evictor
+from strop.core.evict.worth import RecomputeCost, Reuse
 
 WINDOW, EVERY = 1000, 64
 """Hits over which lifespans are averaged, and evictions between two settings of lambda."""

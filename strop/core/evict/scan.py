@@ -4,7 +4,7 @@ from abc import abstractmethod
 
 import numpy as np
 
-from strop.serve.base import Evictor
+from strop.core.evict.base import Evictor
 
 FIRST = 1024
 """Rows at the beginning; they double."""

@@ -5,11 +5,19 @@ A long chunk makes every request that decodes wait for it; a short one prefills 
 numbers: they are ours.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from strop.core.errors import StropError
 from strop.core.method import Method
-from strop.serve.base import BatchPolicy
+
+
+class BatchPolicy(ABC):
+    """How many prompt tokens are computed beside running decodes in one iteration."""
+
+    @abstractmethod
+    def chunk(self, decodes: int) -> int:
+        """Most prompt tokens of the next iteration, given how many requests decode."""
 
 
 @dataclass(frozen=True)

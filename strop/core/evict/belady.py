@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from strop.core.eviction import RecomputeCost
-from strop.serve.evict.scan import Scan
+from strop.core.evict.scan import Scan
+from strop.core.evict.worth import RecomputeCost
 
 
 class Belady(Scan):

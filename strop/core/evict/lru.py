@@ -6,7 +6,7 @@ Sequences free their last block first (as vLLM does), so what is left of one is 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
-from strop.serve.base import Evictor
+from strop.core.evict.base import Evictor
 
 
 class LRU(Evictor):
