@@ -3,6 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 TORCH := torch==2.13.0
+UV := $(BIN)/python -m uv pip install --quiet --python $(BIN)/python
 
 .PHONY: install demo test soak check gpu report docs clean
 
@@ -13,12 +14,12 @@ $(BIN)/python:
 
 # torch comes first and pinned: the CPU build, where the index offers one.
 $(STAMP): $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers,serve,audit]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH) uv
+	$(UV) -e '.[peers,serve,audit]'
 	touch $@
 
 $(DEV_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[peers,dev]'
+	$(UV) -e '.[peers,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -30,6 +31,7 @@ test: $(DEV_STAMP)
 # Faults and fuzz at length, under an hour. STROP_SEED=N draws others.
 soak: $(DEV_STAMP)
 	STROP_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 tests/robustness
+	STROP_SOAK=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20 -m soak tests
 
 check: $(DEV_STAMP)
 	$(BIN)/ruff check .

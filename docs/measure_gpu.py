@@ -25,6 +25,7 @@ PARTS = {
     "serve": ("gpu_serving", "gpu-evict.json"),
     "verify": ("gpu_speculation", "gpu-speculation.json"),
     "speculate": ("gpu_speculation", "gpu-speculation.json"),
+    "prune": ("gpu_prune", "gpu-prune.json"),
 }
 """Which module measures a part, and where its rows go."""
 

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from counts import SOAK
 
 import strop
 from strop.claims.base import VERDICTS, Table
@@ -103,6 +104,8 @@ def test_rows_hold_one_value_a_repetition(tables):
             assert all(not isinstance(value, list) or len(value) == 2 for value in row.values())
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="long: make soak")
 def test_experiments_repeat_to_the_bit(bed, tables):
     again = run(bed, TINY, Progress(quiet, expected(TINY)))
     assert {name: table.rows for name, table in again.items()} == {n: t.rows for n, t in tables[0].items()}

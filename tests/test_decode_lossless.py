@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+from counts import count
 from drafting import DRAFTERS, Liar, cost, drafter, target
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
@@ -94,10 +95,10 @@ def identical(model: PreTrainedModel, out: Tensor, plain: Tensor) -> None:
     pytest.fail(f"parts at {place}, logits {gap:.1e} apart: {'a tie' if abs(gap) < CLOSE else 'wrong'}")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @every_model
-def test_two_hundred_prompts(name, seed):
-    model, ids = target(name, seed), prompts(200, seed=seed)
+def test_many_prompts(name, seed):
+    model, ids = target(name, seed), prompts(count(40, 200), seed=seed)
     liar = Liar(seed, horizon=40, truth=0.99)
     specs = [speculative(liar, TREES[tree]()) for tree in ("chain", "budget 16", "chain", "chain")]
     taus = []

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counts import SOAK
 from torch import Tensor
 
 from strop.core.attention import attend_dense, cap, causal, group_queries, merge, partial_attention, ungroup
@@ -66,6 +67,8 @@ class TestInterpreter:
     def test_every_case(self):
         run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__)
 
+    @pytest.mark.soak
+    @pytest.mark.skipif(not SOAK, reason="long: make soak")
     def test_the_measurement_on_a_gpu_runs_and_goes_on_where_it_stopped(self, tmp_path):
         script = Path(__file__).parents[1] / "docs" / "measure_gpu.py"
         first = run(script, "--tiny", "--out", tmp_path, "--only", "encode,decode,evict")

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from conftest import CONFIGS
+from counts import count
 from evicting_methods import KINDS, SMALL, candidates, every_small, prompts
 
 from strop.core.errors import StropError
@@ -26,9 +27,11 @@ from strop.kv.rkv import redundancy
 from strop.recipe import LONG, METHODS, Recipe
 from strop.recipe import candidates as candidates_of
 
+DRAWS = count(8000, 20_000)
+
 
 def test_gumbel_top_k_is_sampling_without_replacement():
-    """Inclusion frequencies of both samplers over 20,000 draws."""
+    """Inclusion frequencies of both samplers over many draws."""
     method = {
         sampler: VaSE(budget=24, buffer=8, reserve=4, sinks=0, smooth=1, sampler=sampler)
         for sampler in ("gumbel", "multinomial")
@@ -38,10 +41,10 @@ def test_gumbel_top_k_is_sampling_without_replacement():
     counts = {}
     for sampler, vase in method.items():
         total = torch.zeros(32)
-        for seen in range(20_000):
+        for seen in range(DRAWS):
             scores = vase.scores(held._replace(seen=seen))[0, 0]
             total[scores.topk(16).indices] += 1
-        counts[sampler] = total / 20_000
+        counts[sampler] = total / DRAWS
     assert (counts["gumbel"] - counts["multinomial"]).abs().max() < 0.02
     free = counts["gumbel"][counts["gumbel"] < 1]
     assert free.min() < 0.25 and free.max() > 0.7

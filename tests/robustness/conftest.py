@@ -4,11 +4,11 @@ import time
 from pathlib import Path
 
 import pytest
+from counts import SEED, SOAK, count
 from hypothesis import HealthCheck, settings
 from quantizing import build, save
 from test_cli import TEXT, save_tiny
 
-from robustness.counts import SEED, SOAK, count
 from robustness.jobs import Known, jobs
 from robustness.warm import Warm
 

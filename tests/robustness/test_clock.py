@@ -1,8 +1,8 @@
 """A wall clock that is set back an hour at every look changes nothing."""
 
 import pytest
+from counts import SOAK
 
-from robustness.counts import SOAK
 from robustness.jobs import require_done
 
 

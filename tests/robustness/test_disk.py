@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from counts import count, draws
 
-from robustness.counts import count, draws
 from robustness.jobs import goes_on, require_whole
 
 PAGE = 4096

@@ -11,8 +11,8 @@ from random import Random
 from typing import Any
 
 import pytest
+from counts import SEED, count, draws
 
-from robustness.counts import SEED, count, draws
 from robustness.mutate import damaged, junk, scribbled, spoiled
 
 BATCH = 20

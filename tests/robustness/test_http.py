@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import schemathesis
+from counts import count
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import asking, running, tiny_lm
 from starlette.testclient import TestClient
 
-from robustness.counts import count
 from robustness.mutate import damaged, scribbled, spoiled
 from robustness.test_parsers import nonsense
 from strop.server.app import create_app

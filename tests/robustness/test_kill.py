@@ -3,8 +3,8 @@
 import time
 
 import pytest
+from counts import SEED, count, draws
 
-from robustness.counts import SEED, count, draws
 from robustness.jobs import goes_on, require_done, require_whole
 
 QUICK, LONG = ("rtn", "gptq", "alphaq"), ("tune", "train")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
+from counts import SEED, count, draws
 
-from robustness.counts import SEED, count, draws
 from robustness.jobs import listed
 from robustness.mutate import damaged, scribbled, spoiled
 

@@ -3,8 +3,8 @@
 import time
 
 import pytest
+from counts import count, draws
 
-from robustness.counts import count, draws
 from robustness.jobs import require_done
 
 

@@ -1,4 +1,4 @@
-"""How much is tried: a little in `make test`, at length under `make soak`."""
+"""How much is tried: a little in `make test`, at length under `make soak`, which runs tests marked `soak`."""
 
 import os
 from random import Random
