@@ -1,7 +1,7 @@
-"""What pruned channels are worth in time and memory: SDT-v2's shapes with random weights, dense and cut in turns.
+"""What pruned channels are worth in time and memory, at SDT-v2's shapes: dense and cut models in turns.
 
-Times do not depend on weights, and neither does what is measured here: bytes of parameters, the median time of
-a forward pass, and the most memory that one takes beyond what was there before.
+Weights are random, since nothing that is measured depends on them: bytes of parameters, the median time of a
+forward pass, and the most memory that one takes beyond what was there before.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,12 +1,17 @@
-"""Measure on a CPU what pruned channels are worth: the bundled spiking models under a plan, SDT-v2 at its size.
+"""Measure what pruned channels are worth on a CPU: bundled spiking models under a plan, and SDT-v2.
 
     OMP_NUM_THREADS=1 python docs/measure_prune.py       # writes docs/results/prune-speed.json
+    python zoo/train_svit.py --out runs/cluttered --cluttered --device cuda
+    python docs/measure_prune.py --planned runs/cluttered --device cuda \\
+        --out docs/results/prune-cluttered.json
 
-Dense and cut models run in turns in one process.
+Dense and cut models run in turns in one process. `--planned` measures what planners find for models of
+cluttered digits, a folder each: accuracy on the part that a plan is made on and on one that nothing has seen.
 """
 
 import argparse
 import dataclasses
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,8 +23,8 @@ from measure_gpu import Results, run
 
 from strop.models.spiking_saved import from_folder
 from strop.models.zoo import zoo_path
-from strop.prune import Uniform, trace
-from strop.tasks.digits import EVENTS, digits, recordings
+from strop.prune import PrimeSVT, PSViT, Uniform, reestimate, trace
+from strop.tasks.digits import CLUTTERED, EVENTS, Labelled, accuracy, digits, recordings
 
 BENCH = dataclasses.replace(TINY, rounds=9, warm=1)
 IMAGES = 64
@@ -27,7 +32,7 @@ IMAGES = 64
 
 
 def rows() -> Iterator[tuple[str, object]]:
-    """The bundled models with a quarter and half of their parameters gone, then SDT-v2 with random weights."""
+    """Bundled models without a quarter and half of their parameters, then SDT-v2 with random weights."""
     for name, saving in ((n, s) for n in ("svit-digits", "svit-events") for s in (0.25, 0.5)):
         yield f"prune {name} by {saving:.0%} batch {IMAGES}", partial(bundled, name, saving)
     name = "SDT-v2 15.1M"
@@ -47,13 +52,61 @@ def bundled(name: str, saving: float) -> dict:
     )
 
 
+def planners() -> dict[str, object]:
+    """Who plans, by name; `None` is a uniform rate that saves what PSViT does."""
+    return {
+        "psvit": PSViT(round_to=8),
+        "primesvt": PrimeSVT(round_to=8, mode="maximise"),
+        "primesvt reserve 0.5": PrimeSVT(round_to=8, mode="maximise", reserve=0.5),
+        "uniform all": None,
+    }
+
+
+def planned(folder: Path, device: str) -> Iterator[tuple[str, object]]:
+    """Every planner on one model of cluttered digits."""
+    dense = from_folder(folder).to(device).eval()
+    seen, unseen = (on(recordings(part, CLUTTERED), device) for part in ("plan", "test"))
+    statistics = on(recordings("train", CLUTTERED, 1), device).images[:1024]
+    units = trace(dense)
+    saved: dict[str, float] = {}
+
+    def row(name: str, method: PSViT | PrimeSVT | None) -> dict:
+        method = method or Uniform(round_to=8, where="all").matching(saved["psvit"], units, dense)
+        start = time.perf_counter()
+        plan = method.plan_units(units, dense, lambda model: accuracy(model, seen))
+        saved[name] = plan.saving
+        thin = plan.apply(dense, units)
+        return {
+            "model": str(folder),
+            "saving": plan.saving,
+            "dense": [accuracy(dense, seen), accuracy(dense, unseen)],
+            "thin": [accuracy(thin, seen), accuracy(thin, unseen)],
+            "reestimated": accuracy(reestimate(thin, statistics.split(256)), unseen),
+            "evaluations": plan.evaluations,
+            "seconds": time.perf_counter() - start,
+        }
+
+    for name, method in planners().items():
+        yield f"planned {folder.name} {name}", partial(row, name, method)
+
+
+def on(held: Labelled, device: str) -> Labelled:
+    """The same on a device."""
+    return Labelled(held.images.to(device), held.labels.to(device))
+
+
 def main() -> None:
     """Measure what is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "prune-speed.json")
+    parser.add_argument("--planned", type=Path, nargs="+", metavar="DIR", help="models of cluttered digits")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args()
+    asked = (
+        (row for folder in args.planned for row in planned(folder, args.device)) if args.planned else rows()
+    )
     with torch.no_grad():
-        run(rows(), Results(args.out), float("inf"))
+        run(asked, Results(args.out), float("inf"))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from strop import doctor as doctors
 from strop.cli_audit import audit
 from strop.cli_fleet import simulate
 from strop.cli_plan import plan, profile
+from strop.cli_prune import prune
 from strop.cli_serve import serve
 from strop.cli_train import train
 from strop.cli_weights import quantize, recipe
@@ -210,6 +211,7 @@ def generate(
 
 app.command(epilog="Example: strop audit zoo:coder runs/w4 --out runs/audit --fail-under 0.6")(audit)
 app.command(epilog="Example: strop quantize zoo:moe --method alphaq --bits 2.5 -o runs/moe-2.5")(quantize)
+app.command(epilog="Example: strop prune zoo:svit-digits --tolerance 3% -o runs/pruned")(prune)
 app.command(epilog="Example: strop serve runs/mine/recipe.yaml --port 8000")(serve)
 app.command(epilog="Example: strop simulate examples/fat-tree-64.yaml --out runs/fleet")(simulate)
 app.command(epilog="Example: strop plan examples/edge-7.yaml --model zoo:moe --workload in=576,out=588")(plan)

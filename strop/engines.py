@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from strop.core.errors import StropError
+from strop.core.narrow import KEY
 from strop.decode import DecodeMethod, DFlash, PromptLookup
 from strop.decode.load import NGRAM
 from strop.kv import KVMethod, Quantized
@@ -42,7 +43,13 @@ def vllm_command(recipe: Recipe) -> list[str]:
 
 def _require_served(folder: Path) -> None:
     """Raise StropError for a folder whose quantized weights vLLM does not read."""
-    packed = _config(folder).get("quantization_config")
+    told = _config(folder)
+    if KEY in told:
+        raise StropError(
+            f"{folder} holds a pruned model, whose layers differ in width, and vLLM builds none like it: use "
+            "`strop serve`"
+        )
+    packed = told.get("quantization_config")
     if isinstance(packed, dict) and packed.get("quant_method") == "strop":
         raise StropError(
             f"{folder} is packed in strop's own form, which vLLM does not read: quantize it again with one "

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,17 +22,22 @@ from strop.core.causal import FROM_FOLDER, load_causal, not_loaded, require_caus
 from strop.core.checkpoint import Checkpoint, inspect, require_memory
 from strop.core.errors import StropError, reason
 from strop.core.hooks import shared
+from strop.core.narrow import refuse_packed
 from strop.core.sampling import KeyedSampler
 from strop.decode.calibrate import Report
 from strop.decode.stats import Stats
 from strop.kv.base import KVShape
 from strop.models.zoo import zoo_path
-from strop.recipe import Recipe
+from strop.prune.trace import trace
+from strop.recipe import Recipe, label
+from strop.tasks.next_token import accuracy
 from strop.weights.packed import config_for, register
 from strop.weights.text import Calibrated, calibration_rows
 
 DTYPES = {"auto": "auto", "bf16": torch.bfloat16, "fp32": torch.float32}
 ITEMSIZES = {"auto": 0, "bf16": 2, "fp32": 4}
+PRUNED_BY = Calibrated(samples=32)
+"""The text that tells a recipe's prune method what a cut costs."""
 Prompt = str | Sequence[dict[str, str]]
 """Text, or chat messages to which the model's template applies."""
 
@@ -46,26 +51,29 @@ class Model:
         tokenizer: PreTrainedTokenizerBase,
         recipe: Recipe,
         checkpoint: Checkpoint,
+        pruned: PreTrainedModel | None = None,
         model: PreTrainedModel | None = None,
     ) -> None:
-        """`plain` is the checkpoint as loaded, `model` the same with the recipe's weights applied."""
+        """`plain` is the checkpoint as loaded, `pruned` the same as cut, `model` that as quantized."""
         recipe.check()
         self.plain = plain
         self.tokenizer = tokenizer
         self.recipe = recipe
         self.checkpoint = checkpoint
-        if model is None:
-            model = plain if recipe.weights is None else recipe.weights.apply(shared(plain), self.calibration)
-        self.model = model
+        self.pruned = self._cut() if pruned is None else pruned
+        if model is None and recipe.weights is not None:
+            model = recipe.weights.apply(shared(self.pruned), self.calibration)
+        self.model = self.pruned if model is None else model
         self.stats: Stats | None = None
         """What drafts brought in the newest generation; None where the recipe has no drafter."""
 
     def with_(self, **slots: Any) -> "Model":
         """The same checkpoint with other methods in some slots; `None` empties a slot."""
         recipe = dataclasses.replace(self.recipe, **slots)
-        same = recipe.weights == self.recipe.weights
-        model = self.model if same else None
-        return Model(self.plain, self.tokenizer, recipe, self.checkpoint, model)
+        uncut = recipe.prune == self.recipe.prune
+        same = uncut and recipe.weights == self.recipe.weights
+        kept = self.pruned if uncut else None, self.model if same else None
+        return Model(self.plain, self.tokenizer, recipe, self.checkpoint, *kept)
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +98,7 @@ class Model:
     @property
     def context_limit(self) -> int:
         """Most tokens the model was made for."""
-        config = self.model.config.get_text_config(decoder=True)
+        config = self.plain.config.get_text_config(decoder=True)
         return getattr(config, "max_position_embeddings", None) or 1 << 31
 
     @cached_property
@@ -201,6 +209,21 @@ class Model:
         )
         self.stats = drafted.stats if drafted else None
         return out[:, longest:].tolist()
+
+    def _cut(self) -> PreTrainedModel:
+        """The checkpoint as the recipe's prune slot leaves it, judged by next tokens of calibration text.
+
+        Raises StropError where the method cannot do what it is asked for.
+        """
+        if (method := self.recipe.prune) is None:
+            return self.plain
+        refuse_packed(self.checkpoint.config)
+        rows = self.calibration(dataclasses.replace(PRUNED_BY, length=min(256, self.context_limit)))
+        plan = method.plan_units(units := trace(self.plain), self.plain, partial(accuracy, rows=rows))
+        if not plan.feasible:
+            said = f"{label('prune', method)} saves {plan.saving:.1%} of this model at most"
+            raise StropError(f"{said}: ask for less, or allow a larger drop")
+        return cast(PreTrainedModel, plan.apply(self.plain, units).eval())
 
     def calibration(self, asked: Calibrated) -> Tensor:
         """The text `[samples, length]` that a weights method wants to see, as token ids."""

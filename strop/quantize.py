@@ -9,6 +9,7 @@ from typing import Any
 from strop.core.checkpoint import Checkpoint
 from strop.core.errors import StropError
 from strop.core.files import did_you_mean
+from strop.core.narrow import KEY
 from strop.engines import vllm_command
 from strop.model import located, tokenizer_of
 from strop.recipe import METHODS, Recipe, label
@@ -122,6 +123,11 @@ def _allocated(method: Any, by: str, grid: dict[str, Any], given: dict[str, Any]
 
 
 def _method(recipe: Recipe) -> Any:
+    if recipe.prune is not None:
+        raise StropError(
+            "the recipe prunes as well, and quantize writes weights alone: write the pruned model with "
+            "`strop prune` and give its folder"
+        )
     if recipe.weights is None:
         raise StropError("the recipe has no weights method: add one, or give the model and --method")
     return recipe.weights
@@ -149,6 +155,7 @@ def _anchored(method: Any) -> Any:
 
 
 def _told(checkpoint: Checkpoint, recipe: Recipe, plan: BitPlan, found: Readers) -> dict[str, Any]:
+    pruned = KEY in checkpoint.config
     return {
         "model": recipe.model,
         "method": label("weights", _method(recipe)),
@@ -160,7 +167,7 @@ def _told(checkpoint: Checkpoint, recipe: Recipe, plan: BitPlan, found: Readers)
         "expert_average_bits": plan.expert_average_bits,
         "expert_effective_bits": plan.expert_effective_bits,
         "source_bytes": checkpoint.bytes,
-        "engines": list(found.engines),
-        "notes": list(found.said),
+        "engines": ["strop"] if pruned else list(found.engines),
+        "notes": ["vLLM and transformers alone build no pruned model"] if pruned else list(found.said),
         "matrices": plan.table(),
     }

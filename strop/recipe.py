@@ -35,6 +35,10 @@ from strop.kv import (
     VaSE,
     VaSEDKV,
 )
+from strop.prune.base import PruneMethod
+from strop.prune.baselines import Uniform
+from strop.prune.primesvt import PrimeSVT
+from strop.prune.psvit import PSViT
 from strop.weights import GPTQ, HQQ, PMQ, RTN, AlphaQ, WeightMethod
 
 VERSION = 1
@@ -42,7 +46,7 @@ AS_IS = "as is"
 """The label of a recipe without methods."""
 
 METHODS: dict[str, dict[str, type]] = {
-    "prune": {},
+    "prune": {"psvit": PSViT, "primesvt": PrimeSVT, "uniform": Uniform},
     "weights": {"rtn": RTN, "gptq": GPTQ, "hqq": HQQ, "alphaq": AlphaQ, "pmq": PMQ},
     "kv": {
         "kvarn": KVarN,
@@ -65,6 +69,7 @@ METHODS: dict[str, dict[str, type]] = {
 SLOTS = tuple(METHODS)
 
 ALWAYS: dict[str, tuple[Method, ...]] = {
+    "prune": (),
     "weights": (RTN(bits=8), RTN(bits=4, group=128), GPTQ(bits=4, group=128, samples=32)),
     "kv": (
         Quantized(backend="fp8", bits=8),
@@ -126,7 +131,7 @@ class Recipe:
     """Immutable; slots apply in the order of `SLOTS`. None leaves a slot as it is."""
 
     model: str | None = None
-    prune: None = None
+    prune: PruneMethod | None = None
     weights: WeightMethod | None = None
     kv: KVMethod | None = None
     reuse: None = None

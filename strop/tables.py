@@ -268,6 +268,22 @@ def show_audit(told: Mapping[str, Any], out: Path) -> None:
     typer.echo(f"Report: {out / 'report.html'} (audit.json and features.parquet beside it)")
 
 
+def show_pruned(told: Mapping[str, Any], out: Path) -> None:
+    """The plan, what it costs on data that it was not chosen by, recovery, and where the rest is."""
+    from strop.prune.prune_report import frontier, outcome, rows, scope, steps
+
+    columns = [Column(name, justify="right") for name in ("Kept", "Cut", "Parameters")]
+    print_table([Column("Unit", ratio=3), *columns, Column("Planner", ratio=2)], rows(told))
+    say(f"{outcome(told)} {scope(told)}")
+    if told["steps"]:
+        names = ("Recovery", "Before", "After", "", "Test then")
+        print_table([Column(name, ratio=int(name == "Recovery")) for name in names], steps(told))
+    if not told["written"]:
+        print_table([Column(name) for name in ("Saved", "Accuracy", "Drop")], frontier(told), "The frontier:")
+    model = "the model, " if told["written"] else ""
+    typer.echo(f"Folder: {out} ({model}prune.yaml to edit, report.html)")
+
+
 def show_sae(told: Mapping[str, Any], target: str, out: Path) -> None:
     """How well an autoencoder stands for the stream, and where it is."""
     quality = told["quality"]

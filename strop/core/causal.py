@@ -1,6 +1,7 @@
 """A causal language model from a folder: what transformers would load wrong, or in part, is refused."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from strop.core.checkpoint import Checkpoint
 from strop.core.errors import StropError, quoted, reason
+from strop.core.narrow import class_of
 
 FROM_FOLDER: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """No network, and no code that a checkpoint brings along."""
@@ -26,10 +28,27 @@ def load_causal(
 
     Raises StropError unless it is whole and finite.
     """
+    model = load_whole(AutoModelForCausalLM, checkpoint.path, checkpoint.config, dtype, config)
+    _require_tokens(model, checkpoint.path)
+    moved: Any = model
+    return moved.to(device)
+
+
+def load_whole(
+    auto: Any,
+    path: Path,
+    told: Mapping[str, Any],
+    dtype: str | torch.dtype,
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedModel:
+    """The model of a folder whose config.json is `told`, of the class that `auto` of transformers chooses.
+
+    Raises StropError unless it is whole and finite.
+    """
     other = {} if config is None else {"config": config}
     try:
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path,
+        found: Any = class_of(auto, path, told, config, **FROM_FOLDER).from_pretrained(
+            path,
             **FROM_FOLDER,
             **other,
             dtype=dtype,
@@ -40,12 +59,11 @@ def load_causal(
     except StropError:
         raise
     except Exception as error:  # safetensors and transformers raise many kinds for a broken file
-        raise not_loaded("model", checkpoint.path, error) from error
+        raise not_loaded("model", path, error) from error
     model, loaded = found
-    _require_whole(model, loaded, checkpoint.path)
-    _require_tokens(model, checkpoint.path)
-    _require_finite(model, checkpoint.path)
-    return model.eval().to(device)
+    _require_whole(model, loaded, path)
+    _require_finite(model, path)
+    return model.eval()
 
 
 def not_loaded(part: str, path: Path, error: Exception) -> StropError:

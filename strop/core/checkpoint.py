@@ -96,9 +96,15 @@ def _config(path: Path) -> dict:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StropError(f"{file} is not valid JSON ({reason(error)}): restore the original file") from error
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise StropError(f"{file} names no model_type, so transformers cannot tell the architecture")
-    return config
+    if isinstance(config, dict) and isinstance(config.get("model_type"), str):
+        return config
+    told = config.get("architecture") if isinstance(config, dict) else None
+    if isinstance(told, str):
+        raise StropError(
+            f"{path} holds a {quoted(told)}, not a causal language model that transformers runs: give a "
+            "decoder such as Qwen3, Llama, Mistral, Gemma or GPT-2"
+        )
+    raise StropError(f"{file} names no model_type, so transformers cannot tell the architecture")
 
 
 def _shards(path: Path) -> tuple[Path, ...]:

@@ -37,7 +37,7 @@ class FeatureAudit:
 
     def _of(self, recipe: Recipe) -> dict[str, Any] | None:
         """Survivors and their interval; None where no feature can be judged."""
-        changes = {"weights": recipe.weights, "kv": recipe.kv}
+        changes = {"prune": recipe.prune, "weights": recipe.weights, "kv": recipe.kv}
         if not any(changes.values()):
             return {"survived": 1.0, "interval": [1.0, 1.0]}
         key = json.dumps({slot: recipe.to_dict().get(slot) for slot in changes}, sort_keys=True)

@@ -13,6 +13,7 @@ from strop.audit.speed import speed
 from strop.core.errors import StropError
 from strop.core.machine import cpu_name, gpu_name, require_alike
 from strop.model import Model, load
+from strop.prune.base import PruneMethod
 from strop.recipe import SLOTS, Recipe, label
 from strop.tune.workload import CONTINUATION, NEW_TOKENS, Workload, answered, recalled
 from strop.weights.base import WeightMethod
@@ -33,7 +34,7 @@ class Bench:
     def __init__(self, base: Model, work: Workload, seed: int = 0) -> None:
         self.base, self.work, self.seed = base, work, seed
         self.read: dict[str, TextQuality] = {}
-        """Of texts that are read, by weights and kv: how a recipe decodes does not matter to them."""
+        """Of texts that are read, by prune, weights and kv: how a recipe decodes does not matter to them."""
 
     @cached_property
     def base_continuations(self) -> list[list[int]]:
@@ -68,7 +69,7 @@ class Bench:
             done += 1
             report("quality", 0.6 * done / len(self.work.texts))
 
-        read = repr((model.recipe.weights, model.recipe.kv))
+        read = repr((model.recipe.prune, model.recipe.weights, model.recipe.kv))
         if read not in self.read:
             self.read[read] = text_quality(self.base, model, self.work.texts, seed=self.seed, step=step)
         quality = dataclasses.asdict(self.read[read]) | {
@@ -138,7 +139,7 @@ class Measurer:
     def __init__(self, base: Model, work: Workload, seed: int) -> None:
         self.base = base
         self.bench = Bench(base, work, seed)
-        self.packed: dict[WeightMethod | None, Model] = {}
+        self.packed: dict[tuple[PruneMethod | None, WeightMethod | None], Model] = {}
 
     def __call__(self, given: dict[str, Any], report: Report) -> dict[str, Any]:
         """The row of one recipe, whatever comes of it; raises only where the baseline itself fails."""
@@ -154,12 +155,13 @@ class Measurer:
             return failed(recipe, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
     def _model(self, recipe: Recipe) -> Model:
-        """The model under a recipe; the newest `SURVIVORS` weights methods are not applied again."""
-        if recipe.weights not in self.packed:
+        """The model under a recipe; the newest `SURVIVORS` of what changes weights is not applied again."""
+        key = recipe.prune, recipe.weights
+        if key not in self.packed:
             if len(self.packed) == SURVIVORS:
                 self.packed.pop(next(iter(self.packed)))
-            self.packed[recipe.weights] = self.base.with_(weights=recipe.weights)
-        return self.packed[recipe.weights].with_(**recipe.methods())
+            self.packed[key] = self.base.with_(prune=recipe.prune, weights=recipe.weights)
+        return self.packed[key].with_(**recipe.methods())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from strop.core.checkpoint import Checkpoint
 from strop.core.errors import StropError, reason
 from strop.core.heap import trim
 from strop.core.hooks import decoder_layers
+from strop.core.narrow import KEY, narrow
 from strop.weights.experts import OTHER_NAMES, Experts, split_experts
 
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -153,6 +154,10 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(checkpoint.path, **FROM_FOLDER)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or _dtype(checkpoint))
+            if KEY in checkpoint.config:
+                narrow(model, checkpoint.config[KEY])
+    except StropError:
+        raise
     except Exception as error:  # transformers raises many kinds for a config that cannot be
         raise not_loaded("config", checkpoint.path, error) from error
     split_experts(model)

@@ -47,7 +47,7 @@ def calibration_rows(tokenizer: Any, model: str, asked: Calibrated) -> Tensor:
     Raises StropError when the file is wrong or holds fewer tokens than one row.
     """
     data = read_data(Path(asked.calibration)) if asked.calibration else bundled_training(model)
-    ids = torch.tensor(_joined(tokenizer, data, 4 * asked.samples * asked.length))
+    ids = torch.tensor(joined(tokenizer, data, 4 * asked.samples * asked.length))
     if len(ids) < asked.length:
         raise StropError(
             f"{data.name} holds {len(ids):,} tokens, fewer than one row of {asked.length}: give more text to "
@@ -58,7 +58,8 @@ def calibration_rows(tokenizer: Any, model: str, asked: Calibrated) -> Tensor:
     return torch.stack([ids[start : start + asked.length] for start in starts.tolist()])
 
 
-def _joined(tokenizer: Any, data: Data, enough: int) -> list[int]:
+def joined(tokenizer: Any, data: Data, enough: int) -> list[int]:
+    """Token ids of the rows of `data`, one after another, until there are `enough`."""
     ids: list[int] = []
     for row in data.rows:
         prompt = (

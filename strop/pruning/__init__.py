@@ -1,0 +1,1 @@
+"""From a model to a pruned one: what `strop prune` does."""
