@@ -24,7 +24,7 @@ from measure_gpu import Results, run
 from strop.models.spiking_saved import from_folder
 from strop.models.zoo import zoo_path
 from strop.prune import PrimeSVT, PSViT, Uniform, reestimate, trace
-from strop.tasks.digits import CLUTTERED, EVENTS, Labelled, accuracy, digits, recordings
+from strop.tasks.digits import CLUTTERED, EVENTS, accuracy, digits, recordings
 
 BENCH = dataclasses.replace(TINY, rounds=9, warm=1)
 IMAGES = 64
@@ -65,8 +65,8 @@ def planners() -> dict[str, object]:
 def planned(folder: Path, device: str) -> Iterator[tuple[str, object]]:
     """Every planner on one model of cluttered digits."""
     dense = from_folder(folder).to(device).eval()
-    seen, unseen = (on(recordings(part, CLUTTERED), device) for part in ("plan", "test"))
-    statistics = on(recordings("train", CLUTTERED, 1), device).images[:1024]
+    seen, unseen = (recordings(part, CLUTTERED) for part in ("plan", "test"))
+    statistics = recordings("train", CLUTTERED, 1).images[:1024].to(device)
     units = trace(dense)
     saved: dict[str, float] = {}
 
@@ -88,11 +88,6 @@ def planned(folder: Path, device: str) -> Iterator[tuple[str, object]]:
 
     for name, method in planners().items():
         yield f"planned {folder.name} {name}", partial(row, name, method)
-
-
-def on(held: Labelled, device: str) -> Labelled:
-    """The same on a device."""
-    return Labelled(held.images.to(device), held.labels.to(device))
 
 
 def main() -> None:
