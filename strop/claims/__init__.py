@@ -70,6 +70,18 @@ def _e2llm() -> Paper:
     return PAPER
 
 
+def _psvit() -> Paper:
+    from strop.claims.psvit import PAPER
+
+    return PAPER
+
+
+def _primesvt() -> Paper:
+    from strop.claims.primesvt import PAPER
+
+    return PAPER
+
+
 PAPERS: dict[str, Callable[[], Paper]] = {
     "kvarn": _kvarn,
     "vase": _vase,
@@ -80,6 +92,8 @@ PAPERS: dict[str, Callable[[], Paper]] = {
     "e2llm": _e2llm,
     "netkv": _netkv,
     "asymcache": _asymcache,
+    "psvit": _psvit,
+    "primesvt": _primesvt,
 }
 """Key of each paper and how its claims are measured; an experiment is imported when it runs."""
 SCHEDULERS: dict[str, Callable[[], Paper]] = {"asymcache": _asymcache}
