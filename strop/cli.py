@@ -235,13 +235,12 @@ def claims(
 ) -> None:
     """Measure again what papers claim: what they say, what we measured, and a verdict."""
     console.quiet()
-    from strop.claims import PAPERS, SCHEDULERS, run_claims
+    from strop.claims import SCHEDULERS, run_claims
     from strop.core.executor import executor as named
 
     where = named(executor.value, address, workers)
     with console.progress() as report:
-        known = SCHEDULERS if scheduler else PAPERS
-        found = run_claims(papers or [], scale.value, report, where, known)
+        found = run_claims(papers or [], scale.value, report, where, SCHEDULERS if scheduler else None)
     if as_json:
         console.print_json([claim.to_dict() for claim in found])
     else:

@@ -10,6 +10,7 @@ import pytest
 SHOWN = {
     "draft_on_transformers": "the same text",
     "quantize_experts": "matrices by width",
+    "reuse_documents": "0 of documents",
     "route_requests": "first token after",
 }
 """What an example prints; the others name a method."""

@@ -139,15 +139,16 @@ def run_claims(
     scale: str = "cpu",
     report: Report = lambda what, share: None,
     where: Executor = LOCAL,
-    known: Mapping[str, Callable[[], Paper]] = PAPERS,
+    known: Mapping[str, Callable[[], Paper]] | None = None,
 ) -> list[Claim]:
-    """Measure the claims of papers again; of all that are `known` when none is named.
+    """Measure the claims of papers again; of all that are `known` (None: `PAPERS`) when none is named.
 
     Deterministic on one machine, but for claims about time, whose experiments run here, one after another,
     behind all others. "cpu" takes some minutes on two cores; "gpu" measures more of the same on a CUDA
     device. `report` hears what is being measured and the share done. Raises StropError for an unknown paper
     or scale, a missing bundled model, or a missing device.
     """
+    known = PAPERS if known is None else known
     chosen = list(dict.fromkeys(papers)) or list(known)
     for paper in chosen:
         if paper not in known:

@@ -3,6 +3,7 @@
 from strop.core.cache import attach
 from strop.kv.base import KVMethod
 from strop.kv.curdkv import CurDKV
+from strop.kv.documents import DocumentStore
 from strop.kv.evict_large import EvictLarge
 from strop.kv.hadamard_rtn import HadamardRTN
 from strop.kv.kivi import KIVI
@@ -11,6 +12,7 @@ from strop.kv.press import Press
 from strop.kv.random_eviction import RandomEviction
 from strop.kv.rkv import RKV
 from strop.kv.saved import load_cache, save_cache
+from strop.kv.segments import SegmentCache
 from strop.kv.snapkv import SnapKV
 from strop.kv.stock import Quantized
 from strop.kv.streaming import StreamingLLM
@@ -20,6 +22,7 @@ __all__ = [
     "KIVI",
     "RKV",
     "CurDKV",
+    "DocumentStore",
     "EvictLarge",
     "HadamardRTN",
     "KVMethod",
@@ -27,6 +30,7 @@ __all__ = [
     "Press",
     "Quantized",
     "RandomEviction",
+    "SegmentCache",
     "SnapKV",
     "StreamingLLM",
     "VaSE",

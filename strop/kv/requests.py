@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from strop.core.sampling import KeyedSampler
 from strop.kv.paged import Segment
-from strop.kv.pages import PagedStore
+from strop.kv.pages import Lease, PagedStore
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
     document: Document | None
     """Whose they are; None for the request's own, repaired ones among them."""
-    index: int
+    number: int
     """Of the page among those of its chain."""
     position: int
     """Of the first token: in the document, or in the request."""
@@ -56,7 +56,7 @@ class Answer:
     text: str | None
     """None without a tokenizer."""
     computed_tokens: int
-    """Tokens of documents and prompt that were computed for it, after preemption also tokens written before."""
+    """Tokens of documents and prompt that were computed for it; after preemption, of what it wrote too."""
     computed_document_tokens: int
     """Of these the documents', repaired ones included."""
     recomputed_tokens: int
@@ -114,14 +114,14 @@ class Request:
     @property
     def over(self) -> bool:
         """Whether it has written all that it should."""
-        output = self.output
-        return len(output) == self.max_new_tokens or bool(output and output[-1] in self.ends)
+        count = len(self.tokens) - len(self.prompt)
+        return count >= self.max_new_tokens or (count > 0 and self.tokens[-1] in self.ends)
 
     def places(self) -> list[Place]:
         """Where its documents stand."""
         found, start = [], 0
         for document in self.documents:
-            repaired = min(self.repair, len(document.tokens)) if start else 0
+            repaired = min(self.repair, len(document.tokens)) if start and self.prompt else 0
             found.append(Place(document, start, repaired))
             start += len(document.tokens)
         return found
@@ -179,12 +179,12 @@ class Held:
     """Whether its next full page may still get a name."""
 
     @classmethod
-    def of(cls, request: Request, store: PagedStore, now: float) -> "Held":
-        """Acquire all pages of a request; there must be room.
+    def of(cls, request: Request, chains: Sequence[Sequence[int]], store: PagedStore, now: float) -> "Held":
+        """Acquire all pages of a request, whose chains are given; there must be room.
 
         Chains with fewest pages missing come first, so that none gives way to another of the same request.
         """
-        *documents, own = request.chains(store)
+        *documents, own = chains
         named = {}
         for chain in sorted(documents, key=lambda chain: sum(not store.sealed(block) for block in chain)):
             named[tuple(chain)] = _lease(store, chain, 0, now).named
@@ -238,7 +238,7 @@ def pages_of(tokens: int, page: int) -> int:
     return -(-tokens // page)
 
 
-def _lease(store: PagedStore, blocks: Sequence[int], anonymous: int, now: float):
+def _lease(store: PagedStore, blocks: Sequence[int], anonymous: int, now: float) -> Lease:
     lease = store.acquire(blocks, anonymous, now)
     assert lease is not None, "room was counted before"
     return lease
