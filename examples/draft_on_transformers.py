@@ -6,6 +6,7 @@ python examples/draft_on_transformers.py [CHECKPOINT_FOLDER DRAFTER]
 import sys
 import time
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strop.decode import FixedBudget, load_drafter, speculative
@@ -13,7 +14,7 @@ from strop.models.zoo import zoo_path
 from strop.tasks.python_source import held_out_text
 
 folder, drafter = sys.argv[1:] if len(sys.argv) > 2 else (zoo_path("coder"), "zoo:coder-treeflash")
-model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # bfloat16 may turn near-ties
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer(held_out_text()[0], return_tensors="pt")
 inputs = {name: inputs[name][:, :400] for name in ("input_ids", "attention_mask")}
