@@ -1,5 +1,7 @@
 """Draft trees on a bare transformers model: the same text from fewer passes, and what each part took.
 
+In float32, since bfloat16 may turn near-ties.
+
 python examples/draft_on_transformers.py [CHECKPOINT_FOLDER DRAFTER]
 """
 
@@ -14,7 +16,7 @@ from strop.models.zoo import zoo_path
 from strop.tasks.python_source import held_out_text
 
 folder, drafter = sys.argv[1:] if len(sys.argv) > 2 else (zoo_path("coder"), "zoo:coder-treeflash")
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # bfloat16 may turn near-ties
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer(held_out_text()[0], return_tensors="pt")
 inputs = {name: inputs[name][:, :400] for name in ("input_ids", "attention_mask")}
