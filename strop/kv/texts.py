@@ -1,0 +1,80 @@
+"""A model with its tokenizer, as what keeps pages for texts is given them: a strop.Model, or one of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from strop.core.errors import StropError
+
+Text = str | Sequence[int]
+"""Text, or its token ids."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts to tokens and back, without special tokens."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    """None: texts are given as token ids."""
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any = None) -> "Texts":
+        """From a transformers model, with a tokenizer or without, or from a `strop.Model`.
+
+        Raises StropError for a recipe whose cache or drafts pages would silently replace.
+        """
+        if isinstance(model, PreTrainedModel):
+            return cls(model, tokenizer)
+        if not isinstance(getattr(model, "model", None), PreTrainedModel):
+            raise StropError(f"{type(model).__name__} is no model: give a strop.Model or one of transformers")
+        recipe = model.recipe
+        if recipe.kv is not None or recipe.decode is not None:
+            raise StropError(
+                "pages replace the recipe's cache and take no drafts: give the model without them, by "
+                "lm.with_(kv=None, decode=None)"
+            )
+        return cls(model.model, model.tokenizer if tokenizer is None else tokenizer)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """Tokens that end a text, as the model's generation settings say."""
+        end = self.model.generation_config.eos_token_id
+        return frozenset(() if end is None else [end] if isinstance(end, int) else end)
+
+    def encode(self, text: Text) -> list[int]:
+        """Token ids of a text. Raises StropError for none, and for ids that the model does not know."""
+        if isinstance(text, str):
+            ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = list(text)
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if not ids:
+            raise StropError("a text is empty: give every query and document at least one token")
+        if not all(0 <= token < vocabulary for token in ids):
+            raise StropError(
+                f"a text has tokens that the model's {vocabulary} embeddings do not cover: encode it with "
+                "the model's own tokenizer"
+            )
+        return ids
+
+    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation that the model is to answer, by the tokenizer's template."""
+        if not self._tokenizer().chat_template:
+            raise StropError(
+                "the tokenizer has no chat template: give the conversation as text or token ids, or set "
+                "tokenizer.chat_template"
+            )
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str | None:
+        """Token ids as text, special tokens left out; None without a tokenizer."""
+        return None if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise StropError("a text needs a tokenizer: give one beside the model, or give token ids")
+        return self.tokenizer

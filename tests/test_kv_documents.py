@@ -1,0 +1,266 @@
+"""Documents are computed once, stand anywhere, and answers are those of dense attention under their mask."""
+
+from collections.abc import Sequence
+from functools import cache
+from itertools import permutations
+
+import pytest
+import torch
+from conftest import tiny_model
+from paging import dense_answer, text
+from transformers import AutoModelForCausalLM
+
+import strop
+from strop.core.chunks import Fixed
+from strop.core.errors import StropError
+from strop.kv import DocumentStore, KVarN, SegmentCache
+from strop.kv.requests import Answer
+from strop.tasks.documents import Size, look_ups
+
+NAME, PAGE = "qwen3", 8
+TEXTS = [text(length, seed) for seed, length in enumerate((13, 21, 5))]
+QUERY = text(19, 9)
+
+
+def store(pages: int = 64, **options) -> DocumentStore:
+    return DocumentStore(tiny_model(NAME), pages=pages, page=PAGE, **options)
+
+
+def dense(documents: Sequence[Sequence[int]], query: Sequence[int], count: int) -> list[int]:
+    """What dense attention under the documents' mask writes."""
+    written: list[int] = []
+    for _ in range(count):
+        written.append(int(dense_answer(NAME, documents, [*query, *written])[-1].argmax()))
+    return written
+
+
+def plain(tokens: Sequence[int], count: int) -> list[int]:
+    """What transformers writes."""
+    model = tiny_model(NAME, "sdpa")
+    return model.generate(torch.tensor([tokens]), max_new_tokens=count, do_sample=False)[
+        0, len(tokens) :
+    ].tolist()
+
+
+def sealed_bytes(documents: DocumentStore, texts: Sequence[Sequence[int]]) -> list[bytes]:
+    """The bytes of documents' pages."""
+    pool = documents.store.pool
+    pages = [documents.store._page[block] for tokens in texts for block in documents.store.blocks(tokens)]
+    return [tensor[pages].numpy().tobytes() for tensor in pool.keys + pool.values]
+
+
+@cache
+def rag(dtype: str = "fp32") -> strop.Model:
+    return strop.load("zoo:rag", dtype=dtype)
+
+
+class TestOrder:
+    def test_after_one_request_any_permutation_or_subset_computes_no_document(self):
+        documents = store()
+        first = documents.generate(QUERY, TEXTS, 6)
+        assert first.computed_document_tokens == 39 and first.token_ids == dense(TEXTS, QUERY, 6)
+        before = sealed_bytes(documents, TEXTS)
+        for count in (1, 2, 3):
+            for order in permutations(TEXTS, count):
+                found = documents.generate(QUERY, order, 6)
+                again = order == tuple(TEXTS)
+                assert found.computed_document_tokens == 0
+                assert found.computed_tokens == (3 if again else 19), "a query's own pages are cached too"
+                assert found.token_ids == dense(order, QUERY, 6)
+        assert sealed_bytes(documents, TEXTS) == before
+        documents.store.check()
+
+    def test_a_document_may_stand_twice(self):
+        documents = store()
+        order = [TEXTS[0], TEXTS[1], TEXTS[0]]
+        found = documents.generate(QUERY, order, 6)
+        assert found.computed_document_tokens == 34 and found.token_ids == dense(order, QUERY, 6)
+        documents.store.check()
+
+    def test_two_requests_of_one_batch_read_a_page_at_different_places(self):
+        documents = store()
+        handles = documents.add(TEXTS)
+        orders = [(0, 1, 2), (2, 1, 0)]
+        requests = [documents.request(QUERY, [handles[i] for i in order], 6) for order in orders]
+        for request in requests:
+            documents.engine.submit(request)
+        documents.engine.step()
+        shared = [request.held.documents[handles[1].blocks] for request in requests]
+        assert shared[0] == shared[1]
+        places = [request.held.segments(request, PAGE)[1].shift for request in requests]
+        assert places == [13, 5]
+        documents.engine.run()
+        for request, order in zip(requests, orders, strict=True):
+            assert request.output == dense([TEXTS[i] for i in order], QUERY, 6)
+        documents.store.check()
+
+    def test_what_gave_way_is_computed_again(self):
+        documents = store(pages=9)
+        handles = documents.add([*TEXTS, text(30, 5)])
+        found = documents.generate(QUERY[:7], handles[:3], 4)
+        assert 0 < found.recomputed_tokens == found.computed_document_tokens
+        assert found.token_ids == dense(TEXTS, QUERY[:7], 4)
+        documents.store.check()
+
+
+class TestPreemption:
+    def test_documents_are_attached_once_however_often_a_request_comes(self):
+        documents = store(pages=13, chunks=Fixed(16))
+        handles, engine = documents.add(TEXTS), documents.engine
+        requests = [documents.request(text(5, seed), handles, 25) for seed in range(3)]
+        for request in requests:
+            engine.submit(request)
+        while engine.running or engine.waiting:
+            engine.step()
+            for request in engine.running:
+                context = request.held.segments(request, PAGE)
+                assert sum(segment.tokens for segment in context) == 39 + len(request.tokens)
+            held = sum(len(request.held.named()) for request in engine.running)
+            assert sum(documents.store._holders.values()) == held
+        assert sum(request.preemptions for request in requests) > 0
+        assert sum(request.computed_document_tokens for request in requests) == 0
+        for seed, request in enumerate(requests):
+            assert request.output == dense(TEXTS, text(5, seed), 25)
+        documents.store.check()
+
+
+class TestRepair:
+    def test_documents_repaired_to_their_end_are_read_in_sequence(self):
+        documents = store(repair=24)
+        for order in permutations(TEXTS):
+            tokens = [token for document in order for token in document]
+            found = documents.generate(QUERY, order, 6)
+            assert found.token_ids == plain([*tokens, *QUERY], 6)
+        assert documents.generate(QUERY, order, 6).computed_document_tokens == 39 - len(order[0])
+        documents.store.check()
+
+    def test_the_first_tokens_alone_see_the_documents_before(self):
+        documents = store(repair=8, chunks=Fixed(8))
+        for order in permutations(TEXTS):
+            written = []
+            for _ in range(6):
+                written.append(self.repaired(order, [*QUERY, *written], 8))
+            assert documents.generate(QUERY, order, 6).token_ids == written
+        documents.store.check()
+
+    def repaired(self, texts: Sequence[list[int]], query: list[int], count: int) -> int:
+        """The next token by dense attention: documents alone, copies of first tokens, and the query."""
+        ids, positions, owner, hidden, start = [], [], [], [], 0
+        for number, document in enumerate(texts):
+            copied = min(count, len(document)) if number else 0
+            ids += document + document[:copied]
+            positions += [*range(start, start + len(document)), *range(start, start + copied)]
+            owner += [number] * len(document) + [-1] * copied
+            hidden += [slot < copied for slot in range(len(document))] + [False] * copied
+            start += len(document)
+        ids += query
+        positions += range(start, start + len(query))
+        owner += [-1] * len(query)
+        hidden += [False] * len(query)
+        at, of, unseen = torch.tensor(positions), torch.tensor(owner), torch.tensor(hidden)
+        sees = (at[None] <= at[:, None]) & ((of[None] == of[:, None]) | ((of[:, None] == -1) & ~unseen))
+        with torch.no_grad():
+            found = tiny_model(NAME, "sdpa")(
+                torch.tensor([ids]), attention_mask=sees[None, None], position_ids=at[None], use_cache=False
+            )
+        return int(found.logits[0, -1].argmax())
+
+
+class TestText:
+    def test_the_bundled_model_finds_what_documents_say_in_any_order(self):
+        documents = DocumentStore(rag(), pages=100)
+        [asked] = look_ups(1, 3, Size(documents=(4, 4), facts=(3, 3), queries=3))
+        handles = documents.add(asked.documents)
+        for query, answer in zip(asked.queries, asked.answers, strict=True):
+            for order in (handles, handles[::-1], handles[2:] + handles[:2]):
+                found = documents.generate(query, order, max_new_tokens=8)
+                assert found.text == answer and found.computed_document_tokens == 0
+                assert found.token_ids[-1] in documents.texts.ends
+        drawn = [documents.generate(query, handles, 8, seed=1, temperature=2.0).token_ids for _ in range(2)]
+        assert drawn[0] == drawn[1]
+        documents.store.check()
+
+    def test_a_transformers_model_and_its_tokenizer_serve_as_well(self):
+        lm = rag()
+        documents = DocumentStore(lm.model, lm.tokenizer, pages=20)
+        assert documents.generate("?abc=", ["[abc=123;]\n", "[xyz=456;]\n"], 3).text == "123"
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("use", "words"),
+        [
+            (lambda d: d.generate([], TEXTS), "a text is empty"),
+            (lambda d: d.add([[]]), "a text is empty"),
+            (lambda d: d.generate([61]), "61 embeddings do not cover"),
+            (lambda d: d.generate("what?"), "a text needs a tokenizer"),
+            (lambda d: d.add([[1] * 5000]), "exceed the 4096 that this model was made for"),
+            (lambda d: d.generate([1], [[1] * 2000] * 2, 97), "exceed the 4096"),
+            (lambda d: d.add([[1] * 600]), "needs 75 pages of 8 tokens and the store has 64"),
+            (lambda d: d.generate([1], [], 0), "nor one by none"),
+            (lambda d: d.generate([1], [], 3, seed=0, temperature=0.0), "temperature must be above 0"),
+            (lambda d: store(repair=12), "a repair of 12 tokens cuts a page"),
+            (lambda d: d.generate(QUERY, DocumentStore(tiny_model(NAME), pages=9).add(TEXTS)), "of another"),
+            (lambda d: d.generate(QUERY, other().add(TEXTS)), "the store of another model or page size"),
+        ],
+    )
+    def test_bad_input_is_one_sentence(self, use, words):
+        documents = store()
+        with pytest.raises(StropError, match=words):
+            use(documents)
+        assert not documents.engine.waiting and documents.store.residency.used == 0
+
+    @pytest.mark.parametrize(
+        ("make", "words"),
+        [
+            (lambda: DocumentStore(tiny_model("gpt2"), pages=9), "use a model with RoPE"),
+            (lambda: DocumentStore(tiny_model("gemma2"), pages=9), "full attention throughout"),
+            (lambda: DocumentStore(tiny_model(NAME), pages=9, page=12), "a page of 12 tokens does not fit"),
+            (lambda: DocumentStore(3, pages=9), "int is no model"),
+            (lambda: DocumentStore(rag().with_(kv=KVarN()), pages=9), "pages replace the recipe's cache"),
+            (lambda: SegmentCache(tiny_model(NAME), pages=9, evictor="lfu"), "there is no evictor 'lfu'"),
+            (lambda: SegmentCache(tiny_model(NAME), pages=9, evictor="belady"), "by what comes next"),
+        ],
+    )
+    def test_what_cannot_keep_documents_is_refused(self, make, words):
+        with pytest.raises(StropError, match=words):
+            make()
+
+
+def other() -> DocumentStore:
+    """A store of a model with other weights."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(tiny_model(NAME).config).eval()
+    return DocumentStore(model, pages=64, page=PAGE)
+
+
+class TestSessions:
+    @pytest.mark.parametrize("evictor", ["lru", "asymcache", "pensieve", "max-score", "ghost"])
+    def test_sessions_that_lose_blocks_go_on_as_if_they_had_not(self, evictor):
+        cache = SegmentCache(tiny_model(NAME), pages=24, page=PAGE, evictor=evictor)
+        sessions, answers = [text(20, seed) for seed in range(3)], list[Answer]()
+        for turn in range(5):
+            for number, tokens in enumerate(sessions):
+                answers.append(cache.generate(tokens, 6))
+                assert answers[-1].token_ids == plain(tokens, 6)
+                sessions[number] = tokens + answers[-1].token_ids + text(9, turn)
+        assert sum(answer.recomputed_tokens for answer in answers) > 0
+        assert sum(answer.reused_tokens for answer in answers) > 0
+        cache.store.check()
+
+    def test_a_conversation_in_text_and_in_messages(self):
+        lm = rag()
+        cache = SegmentCache(lm, pages=64)
+        prompt = "[abc=123;]\n?abc="
+        assert cache.generate(prompt, 3).text == lm.generate([prompt], 3)[0]
+        assert cache.generate(prompt, 3, seed=2).text == lm.generate([prompt], 3, seed=2)[0]
+        with pytest.raises(StropError, match="no chat template"):
+            cache.generate([{"role": "user", "content": prompt}])
+        lm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        try:
+            assert (
+                cache.generate([{"role": "user", "content": prompt}], 3).text
+                == cache.generate(prompt, 3).text
+            )
+        finally:
+            lm.tokenizer.chat_template = None
