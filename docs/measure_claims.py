@@ -1,4 +1,4 @@
-"""Measure every paper's claims again, with the machine that they were measured on.
+"""Measure every paper's claims again, with the machine that each paper's were measured on.
 
 python docs/measure_claims.py --out docs/results/claims.json
 """
@@ -26,14 +26,16 @@ def main() -> None:
     args = parser.parse_args()
     where = executor(args.executor, args.address, args.workers)
     console.quiet()
-    kept = []
+    kept, machines = [], {}
     if args.papers and args.out.exists():
-        held = json.loads(args.out.read_text(encoding="utf-8"))["claims"]
-        kept = [claim for claim in held if claim["paper"] not in args.papers]
+        held = json.loads(args.out.read_text(encoding="utf-8"))
+        kept = [claim for claim in held["claims"] if claim["paper"] not in args.papers]
+        machines = held["machines"]
     with console.progress() as report:
-        found = kept + [claim.to_dict() for claim in run_claims(args.papers, args.scale, report, where)]
+        found = [claim.to_dict() for claim in run_claims(args.papers, args.scale, report, where)]
+    machines |= dict.fromkeys((claim["paper"] for claim in found), machine())
     with atomic(args.out) as file:
-        file.write_text(json.dumps(console.plain({"machine": machine(), "claims": found}), indent=1))
+        file.write_text(json.dumps(console.plain({"machines": machines, "claims": kept + found}), indent=1))
 
 
 if __name__ == "__main__":

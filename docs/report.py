@@ -15,6 +15,7 @@ from typing import Any
 
 from report_audit import TABLES as AUDIT
 from report_fleet import TABLES as FLEET
+from report_prune import TABLES as PRUNE
 from report_speed import (
     decode,
     drafts,
@@ -133,8 +134,11 @@ def claims(results: dict[str, Any]) -> str:
             ]
         )
     head = ["paper", "claim", "paper", "measured", "95 % interval", "verdict"]
-    where = f"`strop claims`, scale {results['claims'][0]['scale']}. {measured_on(results['machine'])}"
-    return f"{table(head, rows)}\n\n{where}"
+    by_machine: dict[str, list[str]] = {}
+    for paper, machine in results["machines"].items():
+        by_machine.setdefault(measured_on(machine), []).append(paper)
+    where = " ".join(f"{', '.join(papers)}: {told}" for told, papers in by_machine.items())
+    return f"{table(head, rows)}\n\n`strop claims`, scale {results['claims'][0]['scale']}. {where}"
 
 
 def short(results: dict[str, Any]) -> str:
@@ -167,6 +171,7 @@ TABLES: dict[str, tuple[str, Callable[[Any], str]]] = {
     **WEIGHTS,
     **AUDIT,
     **FLEET,
+    **PRUNE,
 }
 
 

@@ -31,7 +31,8 @@ def changes(results: dict[str, Any]) -> str:
         for row in rows
     ]
     head = ["model", "change", "slot", "loss, nats", "survived", "damaged", "F1", "survived where firing"]
-    return f"{table(head, lines)}\n\n`strop claims sae-survival`. {measured_on(results['machine'])}"
+    where = measured_on(results["machines"]["sae-survival"])
+    return f"{table(head, lines)}\n\n`strop claims sae-survival`. {where}"
 
 
 def cost(results: dict[str, Any]) -> str:

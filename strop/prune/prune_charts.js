@@ -51,7 +51,7 @@
   }
 
   function size(look) {
-    const names = Object.keys(data.curves);
+    const names = data.order;
     const lines = names.map((name) => data.curves[name].map((one) => ({
       x: one.saving, y: one.accuracy,
       point: {

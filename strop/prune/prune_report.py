@@ -190,6 +190,7 @@ def view(told: dict[str, Any]) -> dict[str, Any]:
     charts = {
         "heat": map_,
         "curves": lines,
+        "order": list(lines),
         "names": CURVES,
         "dense": plan["dense_accuracy"],
         "tolerance": tolerance,
