@@ -189,3 +189,11 @@ def test_an_unknown_unit_is_refused():
     model, units = traced("heads")
     with pytest.raises(StropError, match="did you mean 'qk'"):
         cut(model, units, {"qkk": torch.tensor([0])})
+
+
+def test_whole_heads_are_rounded_by_what_they_take_out_of_an_axis():
+    free = traced("llama")[1].free()
+    attention, mlp = (next(unit for unit in free if part in unit.name) for part in ("attn", "mlp"))
+    entries = min(axis.size for axis in attention.axes) // attention.width
+    assert entries > 1 and attention.step(entries) == 1 and attention.step(2 * entries) == 2
+    assert mlp.step(8) == 8

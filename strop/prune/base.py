@@ -41,7 +41,7 @@ class PruneMethod(Method, abc.ABC):
     """Cuts channels of any model with traceable units; members are frozen dataclasses."""
 
     round_to: int = 1
-    """Kept counts are multiples of it in every head."""
+    """What stays of an axis is a multiple of it, in every head; whole heads go as many as make one."""
     score: str = "l2"
     """What ranks the channels of a unit: "l2", or "random" as a control."""
     seed: int = 0

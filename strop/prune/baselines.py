@@ -97,7 +97,8 @@ class GlobalRanking(PruneMethod):
         ranked = scores.reshape(unit.heads, -1).sort(dim=1).values
         before = each = ranked.shape[1]
         found = []
-        for stay in range(each - (each % self.round_to or self.round_to), 0, -self.round_to):
+        step = unit.step(self.round_to)
+        for stay in range(each - (each % step or step), 0, -step):
             mean = float(ranked[:, each - before : each - stay].mean())
             found.append((mean, unit.name, unit.heads * stay))
             before = stay

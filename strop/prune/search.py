@@ -106,9 +106,9 @@ class Search:
     def count(self, unit: Unit, rate: float) -> int:
         """Channels of a unit that stay at a rate, above the floor."""
         each = unit.width // unit.heads
-        steps = math.ceil(self._floor * each / self._round_to - SLACK)
-        least = min(each, steps * self._round_to)
-        return max(kept_count(unit.width, rate, unit.heads, self._round_to), unit.heads * least)
+        step = unit.step(self._round_to)
+        least = min(each, math.ceil(self._floor * each / step - SLACK) * step)
+        return max(kept_count(unit.width, rate, unit.heads, step), unit.heads * least)
 
     def counts(self, units: Iterable[Unit], rate: float) -> dict[str, int]:
         """The same rate for all of `units`."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -62,6 +62,14 @@ class Unit:
     def places(self) -> list[tuple[str, int]]:
         """The tensors and dimensions that hold it."""
         return [(axis.tensor, axis.dim) for axis in self.axes]
+
+    def step(self, round_to: int) -> int:
+        """Channels that go at once where every axis is to stay a multiple of `round_to`.
+
+        A channel that is a whole head takes its width out of an axis, so that fewer of them make a multiple.
+        """
+        entries = (prod(axis.factors[axis.own[-1] + 1 :]) for axis in self.axes)
+        return round_to // gcd(round_to, *entries)
 
     def describe(self) -> str:
         """The group in full: a line of its own, then one for every axis, the unit's factors in brackets."""
