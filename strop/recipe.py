@@ -35,6 +35,7 @@ from strop.kv import (
     VaSE,
     VaSEDKV,
 )
+from strop.kv.reuse import Documents, ReuseMethod, Segments
 from strop.prune.base import PruneMethod
 from strop.prune.baselines import Uniform
 from strop.prune.primesvt import PrimeSVT
@@ -62,7 +63,7 @@ METHODS: dict[str, dict[str, type]] = {
         "random": RandomEviction,
         "evict_large": EvictLarge,
     },
-    "reuse": {},
+    "reuse": {"documents": Documents, "segments": Segments},
     "decode": {"prompt_lookup": PromptLookup, "dflash": DFlash, "ddtree": DDTree, "caddtree": CaDDTree},
     "rollout": {},
 }
@@ -81,6 +82,7 @@ ALWAYS: dict[str, tuple[Method, ...]] = {
         KVarN(bits_k=4, bits_v=2),
         KVarN(bits_k=2, bits_v=2),
     ),
+    "reuse": (),
     "decode": (PromptLookup(), CaDDTree(drafter="ngram")),
 }
 """What `tune` tries in each slot at any length."""
@@ -92,14 +94,15 @@ LONG = 1024
 
 
 def candidates(
-    context: int, drafters: Sequence[str] = (), experts: bool = False
+    context: int, drafters: Sequence[str] = (), experts: bool = False, reuse: Sequence[Method] = ()
 ) -> dict[str, tuple[Method, ...]]:
     """What `tune` tries in each slot where `context` tokens are cached; a method joins by one entry.
 
     Where that is `LONG`, half and a quarter of the tokens are budgets for eviction, alone and over a store.
-    `drafters` exist for the model, which may have `experts`.
+    `drafters` exist for the model, which may have `experts`; `reuse` fits what prompts of the data share.
     """
     tried = ALWAYS | {"decode": (*ALWAYS["decode"], *(CaDDTree(drafter=drafter) for drafter in drafters))}
+    tried["reuse"] = tuple(reuse)
     if experts:
         tried["weights"] = (*ALWAYS["weights"], *EXPERTS)
     if context < LONG:
@@ -134,7 +137,7 @@ class Recipe:
     prune: PruneMethod | None = None
     weights: WeightMethod | None = None
     kv: KVMethod | None = None
-    reuse: None = None
+    reuse: ReuseMethod | None = None
     decode: DecodeMethod | None = None
     rollout: None = None
 
@@ -145,6 +148,12 @@ class Recipe:
 
     def check(self) -> None:
         """Raise StropError for a composition that cannot work, naming the reason."""
+        if self.reuse is not None and (self.kv is not None or self.decode is not None):
+            other = label("kv", self.kv) if self.kv is not None else label("decode", self.decode)  # type: ignore[arg-type]
+            raise StropError(
+                f"{label('reuse', self.reuse)} keeps pages of its own, which replace the recipe's cache and "
+                f"take no drafts, so {other} cannot join it: leave one of the two slots empty"
+            )
         if self.kv is None or self.decode is None:
             return
         if self.kv.max_rollback < self.decode.least_rollback:

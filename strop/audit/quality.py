@@ -46,6 +46,12 @@ class TokenLosses:
     kl: np.ndarray
     """KL divergence from the baseline's distribution to the recipe's."""
 
+    def sums(self, start: int = 0, stop: int | None = None) -> tuple[float, float, float, int]:
+        """Of a part: both likelihoods, the divergence, and how many tokens it has."""
+        part = slice(start, stop)
+        sums = (self.base[part].sum(), self.other[part].sum(), self.kl[part].sum())
+        return (*sums, len(self.kl[part]))
+
 
 def token_losses(
     base: LanguageModel, other: LanguageModel, ids: Sequence[int], block: int = BLOCK
@@ -100,11 +106,13 @@ def text_quality(
     for ids in texts:
         losses = token_losses(base, other, ids, block)
         size = block if len(texts) < FEW_TEXTS else len(ids)
-        for start in range(0, len(losses.kl), size):
-            part = slice(start, start + size)
-            sums = (losses.base[part].sum(), losses.other[part].sum(), losses.kl[part].sum())
-            rows.append((*sums, len(losses.kl[part])))
+        rows += [losses.sums(start, start + size) for start in range(0, len(losses.kl), size)]
         step()
+    return summary(rows, seed)
+
+
+def summary(rows: Sequence[tuple[float, float, float, int]], seed: int = 0) -> TextQuality:
+    """Perplexity and KL from `TokenLosses.sums` of independent texts or blocks."""
     units = np.array(rows)
     base_nll, other_nll, _, tokens = units.sum(0)
 

@@ -1,7 +1,8 @@
 """What a model is measured on: a file that somebody brings, or the bundled held-out data.
 
 A file is plain text, which makes one document, or JSON Lines: an object a line with `prompt` or chat
-`messages`, and an optional `answer`. Rows stay as the file has them, doubles included: how often a prompt
+`messages`, and an optional `answer`. Beside a prompt may stand `documents`, texts before it that other rows
+share, or `session`, whose rows are its turns in order, each with all that came before. Rows stay as the file has them, doubles included: how often a prompt
 comes is part of what a file says. Whatever is wrong is told in one sentence, with its line number.
 """
 
@@ -31,11 +32,21 @@ class Row:
     """One text to read, or one prompt to continue."""
 
     prompt: str | tuple[Message, ...]
-    """Text, or chat messages `{role, content}`."""
+    """Text, its documents included, or chat messages `{role, content}`."""
     answer: str | None = None
     """What a right continuation ends in, when known."""
     solution: str | None = None
     """The full worked continuation, when known."""
+    documents: tuple[str, ...] = ()
+    """What the prompt begins with, and other prompts may hold elsewhere."""
+    session: str | None = None
+    """Of which conversation the prompt is a turn."""
+
+    @property
+    def query(self) -> str:
+        """The prompt behind its documents."""
+        assert isinstance(self.prompt, str), "documents stand before text"
+        return self.prompt[sum(map(len, self.documents)) :]
 
 
 @dataclass(frozen=True)
@@ -149,14 +160,37 @@ def _row(where: str, line: str) -> Row:
     if len(given) != 1:
         found = "both prompt and messages" if given else "neither prompt nor messages"
         raise StropError(f"{where} has {found}: give one of them")
+    documents, session = _documents(where, fields.get("documents")), _session(where, fields.get("session"))
+    answer = _answer(where, fields.get("answer"))
+    if documents and session is not None:
+        raise StropError(f"{where} has both documents and a session: give one of them")
     if given == ["messages"]:
-        return Row(_messages(where, fields["messages"]), _answer(where, fields.get("answer")))
+        if documents:
+            raise StropError(f"{where} has documents and messages: give the query as prompt")
+        return Row(_messages(where, fields["messages"]), answer, session=session)
     prompt = fields["prompt"]
     if not isinstance(prompt, str):
         raise StropError(f"{where}: prompt must be text, got {_short(prompt)}")
     if not prompt:
         raise StropError(f"{where}: prompt is empty, so there is nothing to continue")
-    return Row(_sound(where, prompt), _answer(where, fields.get("answer")))
+    return Row("".join(documents) + _sound(where, prompt), answer, documents=documents, session=session)
+
+
+def _documents(where: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    texts = value if isinstance(value, list) else []
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        raise StropError(f"{where}: documents must be a list of texts, none empty, got {_short(value)}")
+    return tuple(_sound(where, text) for text in texts)
+
+
+def _session(where: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise StropError(f"{where}: session must be a name in quotes, got {_short(value)}")
+    return _sound(where, value)
 
 
 def _messages(where: str, value: Any) -> tuple[Message, ...]:
