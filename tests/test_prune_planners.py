@@ -84,7 +84,8 @@ def test_no_unit_falls_below_psvits_floor():
     assert kept(plan) == (6, 3, 3) and plan.saving == pytest.approx(0.56)
     assert max(max(rates) for rates in evaluate.seen) == 0.75
     eights = PSViT(round_to=8).search(UNITS, NET)
-    assert [eights.count(unit("wide", width, ("w", 0, "producer")), 0.9) for width in (256, 64, 12, 5)] == [32, 8, 8, 5]
+    units = [unit("wide", width, ("w", 0, "producer")) for width in (256, 64, 12, 5)]
+    assert [eights.count(one, 0.9) for one in units] == [32, 8, 8, 5]
 
 
 def test_primesvt_takes_the_last_unit_back_to_what_still_meets_the_saving():
