@@ -46,7 +46,7 @@ from strop.options import (
     Workers,
 )
 
-Objective = StrEnum("Objective", ["balanced", "memory", "speed"])
+Objective = StrEnum("Objective", ["balanced", "memory", "speed", "ttft"])
 Tree = StrEnum("Tree", ["caddtree", "ddtree", "dflash"])
 Scale = StrEnum("Scale", ["cpu", "gpu"])
 

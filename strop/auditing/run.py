@@ -106,12 +106,14 @@ def changed(base: Model, after: str, settings: Settings) -> tuple[Model, list[st
     said = []
     if recipe.decode is not None:
         said.append("The decode slot was left out: drafts change nothing in what a model reads.")
+    if recipe.reuse is not None:
+        said.append("The reuse slot was left out: texts are read whole, without pages of others.")
     same = recipe.model is None or located(str(recipe.model)).fingerprint() == base.checkpoint.fingerprint()
     if same and recipe.methods():
         recipe.check()
-        lm = base.with_(**recipe.methods() | {"decode": None})
+        lm = base.with_(**recipe.methods() | {"decode": None, "reuse": None})
     else:
-        lm = load(after, settings.dtype, settings.device).with_(decode=None)
+        lm = load(after, settings.dtype, settings.device).with_(decode=None, reuse=None)
     _require_alike(base, lm, after)
     if lm.dtype != base.dtype:
         kinds = [str(model.dtype).removeprefix("torch.") for model in (base, lm)]

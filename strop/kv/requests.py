@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from strop.core.sampling import KeyedSampler
+from transformers import LogitsProcessor
+
 from strop.kv.paged import Segment
 from strop.kv.pages import Lease, PagedStore
 
@@ -80,8 +81,8 @@ class Request:
     """In the order in which they stand before the prompt."""
     ends: frozenset[int] = frozenset()
     """Tokens that end the text."""
-    sampler: KeyedSampler | None = None
-    """None takes the likeliest token."""
+    sampler: LogitsProcessor | None = None
+    """What makes scores of logits, of which the highest is taken; None leaves them as they are."""
     repair: int = 0
     """Tokens at the beginning of all documents but the first to compute again; whole pages."""
     tokens: list[int] = field(init=False)

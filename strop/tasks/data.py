@@ -2,8 +2,9 @@
 
 A file is plain text, which makes one document, or JSON Lines: an object a line with `prompt` or chat
 `messages`, and an optional `answer`. Beside a prompt may stand `documents`, texts before it that other rows
-share, or `session`, whose rows are its turns in order, each with all that came before. Rows stay as the file has them, doubles included: how often a prompt
-comes is part of what a file says. Whatever is wrong is told in one sentence, with its line number.
+share; or `session`, whose rows are its turns in order, each with all that came before. Rows stay as the file
+has them, doubles included: how often a prompt comes is part of what a file says. Whatever is wrong is told in
+one sentence, with its line number.
 """
 
 from __future__ import annotations

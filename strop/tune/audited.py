@@ -36,7 +36,9 @@ class FeatureAudit:
                 row["audit"] = self._of(Recipe.from_dict(row["recipe"]))
 
     def _of(self, recipe: Recipe) -> dict[str, Any] | None:
-        """Survivors and their interval; None where no feature can be judged."""
+        """Survivors and their interval; None where no feature can be judged, and where pages are shared."""
+        if recipe.reuse is not None:
+            return None
         changes = {"prune": recipe.prune, "weights": recipe.weights, "kv": recipe.kv}
         if not any(changes.values()):
             return {"survived": 1.0, "interval": [1.0, 1.0]}

@@ -58,10 +58,9 @@ def tune(
     result = study.describe(rows, chosen["label"], recipe, command)
     place, where = str(out / "recipe.yaml"), ("device", "dtype")
     again = settings.options(only=(*where, "batch", "context", "seed"))
-    result["commands"] = [
-        shlex.join(["strop", "generate", place, "--prompt", "def ", *settings.options(only=where)]),
-        shlex.join(["strop", "measure", place, *data_words, *again]),
-    ]
+    generate = shlex.join(["strop", "generate", place, "--prompt", "def ", *settings.options(only=where)])
+    measure = shlex.join(["strop", "measure", place, *data_words, *again])
+    result["commands"] = [measure] if recipe.reuse else [generate, measure]
     export_chosen(base.with_(weights=recipe.weights), out / "checkpoint", result)
     write_report(result, out / "report.html")
     return result

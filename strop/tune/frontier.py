@@ -11,7 +11,7 @@ from strop.recipe import AS_IS
 
 Row = dict[str, Any]
 
-OBJECTIVES = ("memory", "speed", "balanced")
+OBJECTIVES = ("memory", "speed", "balanced", "ttft")
 
 
 def score(row: Row, objective: str) -> float | None:
@@ -19,12 +19,22 @@ def score(row: Row, objective: str) -> float | None:
     if row["status"] != "measured":
         return None
     memory, step = row["memory"]["ratio"], step_ratio(row)
-    return {"memory": memory, "speed": step, "balanced": sqrt(memory * step)}[objective]
+    scores = {"memory": memory, "speed": step, "balanced": sqrt(memory * step), "ttft": first_ratio(row)}
+    return scores[objective]
 
 
 def step_ratio(row: Row) -> float:
     """Time per token over the baseline's; 1 for the baseline itself, and where a gain is not clear."""
-    ratio, _, high = row["speed"]["step_ratio"]
+    return _clear(row, "step_ratio")
+
+
+def first_ratio(row: Row) -> float:
+    """The same of the time to the first token."""
+    return _clear(row, "ttft_ratio")
+
+
+def _clear(row: Row, which: str) -> float:
+    ratio, _, high = row["speed"].get(which) or (1.0, 1.0, 1.0)
     if row["label"] == AS_IS:
         return 1.0
     return ratio if high < 1 else max(ratio, 1.0)
@@ -36,8 +46,13 @@ def costs(row: Row) -> tuple[float, float, float]:
 
 
 def dominates(one: Row, other: Row) -> bool:
-    """Whether `one` is nowhere worse than `other`, and somewhere better."""
+    """Whether `one` is nowhere worse than `other`, and somewhere better.
+
+    What shares pages is for the first token, whose time counts wherever one of the two does.
+    """
     pairs = list(zip(costs(one), costs(other), strict=True))
+    if one.get("reuse") or other.get("reuse"):
+        pairs.append((first_ratio(one), first_ratio(other)))
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 

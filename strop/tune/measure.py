@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -15,11 +15,11 @@ from strop.core.machine import cpu_name, gpu_name, require_alike
 from strop.model import Model, load
 from strop.prune.base import PruneMethod
 from strop.recipe import SLOTS, Recipe, label
+from strop.tune.greedy import in_batches
+from strop.tune.reuse import ReuseBench
 from strop.tune.workload import CONTINUATION, NEW_TOKENS, Workload, answered, recalled
 from strop.weights.base import WeightMethod
 
-BATCH = 16
-"""Prompts generated together when the recipe allows it."""
 PLAIN = {"decode": "plain"}
 SURVIVORS = 2
 """Candidates of a slot that go on to compositions."""
@@ -46,11 +46,19 @@ class Bench:
         """Which problems the baseline solves."""
         return solved(self.base, self.work)
 
+    @cached_property
+    def reuse(self) -> ReuseBench:
+        """The same for recipes that share pages among prompts."""
+        return ReuseBench(self.base, self.work, self.seed)
+
     def row(self, model: Model, report: Report = lambda what, share: None) -> dict[str, Any]:
         """Measure one recipe. A recipe that cannot run gives a row that says why."""
         start = time.perf_counter()
         row = describe(model.recipe)
         try:
+            if model.recipe.reuse is not None:
+                row |= self.reuse.measure(model, report)
+                return row | {"status": "measured", "seconds": time.perf_counter() - start}
             model.prepare(lambda what, share: report(what, 0.0))
             row["memory"] = self.memory(model)
             row["quality"] = self.quality(model, report)
@@ -213,19 +221,6 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 def failed(recipe: Recipe, reason: str) -> dict[str, Any]:
     """The row of a recipe that a fault ended."""
     return describe(recipe) | {"status": "failed", "reason": reason, "seconds": 0.0}
-
-
-def in_batches(model: Model, rows: Sequence[Sequence[int]], tokens: Sequence[int]) -> list[list[int]]:
-    """Greedy continuations of prompts (token ids), as many at a time as the recipe allows."""
-    size = 1 if model.recipe.decode is not None else BATCH
-    out: list[list[int]] = []
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        longest = max(len(row) for row in rows[part])
-        room = model.context_limit - longest
-        new = model.generate_ids(rows[part], min(max(tokens[part]), room))
-        out += [ids[:most] for ids, most in zip(new, tokens[part], strict=True)]
-    return out
 
 
 def continuations(model: Model, work: Workload) -> list[list[int]]:

@@ -69,6 +69,12 @@ def clauses(row: Row, max_drop: float | None) -> Iterable[str]:
         yield f"takes {ratio(step)} of the time per token" + (
             f" (95\u00a0% interval {interval}{doubt})" if interval else ""
         )
+    if row.get("reuse"):
+        first, low, high = row["speed"]["ttft_ratio"]
+        yield (
+            f"takes {ratio(first)} of the time to the first token (95\u00a0% interval "
+            f"{between(low, high, ratio)}), computing {percent(row['reuse']['computed_share'])} of the prompts"
+        )
 
 
 def outcome(rows: list[Row], chosen: Row, max_drop: float | None) -> str:

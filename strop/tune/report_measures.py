@@ -65,12 +65,12 @@ def allowed(max_drop: float | None) -> str:
     return "the allowed drop" + ("" if max_drop is None else f" of {share(max_drop)}")
 
 
-def timing(part: str) -> Callable[[Row], str]:
-    """The note under a time ratio: its interval, and the time itself."""
+def timing(part: str, words: str = "{}") -> Callable[[Row], str]:
+    """The note under a time ratio: its interval, and the time itself, in `words`."""
 
     def note(row: Row) -> str:
-        _, low, high = pick(row, f"speed.{part}_ratio")
-        return join(between(low, high, ratio), shown(row, f"speed.{part}_s", seconds))
+        _, low, high = pick(row, f"{part}_ratio")
+        return join(between(low, high, ratio), shown(row, f"{part}_s", seconds, words))
 
     return note
 
@@ -110,6 +110,14 @@ def worst_depth(row: Row) -> str:
     return f"at depth {min(known, key=lambda depth: known[depth])}"
 
 
+def computed(row: Row) -> str:
+    """The note under the tokens computed."""
+    tokens = [
+        f"{row['reuse'][key]:,}" for key in ("computed_tokens", "prompt_tokens", "prefix_computed_tokens")
+    ]
+    return f"{tokens[0]} of {tokens[1]}, prefix caching {tokens[2]}"
+
+
 def kept(row: Row) -> str:
     """The note under the features kept."""
     return between(*row["audit"]["interval"], percent)
@@ -126,7 +134,7 @@ MEASURES = (
         "Time per token", "baseline = 1", "speed.step_ratio", ratio,
         "time of one decoded token over the baseline's: below 1 is faster. Beside it stand the "
         "95 % bootstrap interval of the ratio and the time itself",
-        timing("step"), brief=True,
+        timing("speed.step"), brief=True,
     ),
     Measure(
         "Drop, upper limit", "%", "quality.drop_hi", percent,
@@ -182,14 +190,36 @@ MEASURES = (
     ),
     Measure(
         "First token", "baseline = 1", "speed.ttft_ratio", ratio,
-        "time from the prompt to the first token, over the baseline's", timing("ttft"),
+        "time from the prompt to the first token, over the baseline's; for pages that prompts share, over "
+        "the data's own prompts in their order",
+        timing("speed.ttft"),
+    ),
+    Measure(
+        "First token, cold", "baseline = 1", "reuse.cold_ratio", ratio,
+        "the same where nothing of the prompt was read before", timing("reuse.cold"),
+    ),
+    Measure(
+        "First token, warm", "baseline = 1", "reuse.warm_ratio", ratio,
+        "the same where all documents, or the turn before, were read before", timing("reuse.warm"),
+    ),
+    Measure(
+        "First token, shared", "prefix caching = 1", "reuse.beside_prefix_ratio", ratio,
+        "time to the first token over that of prefix caching with pages as many, over the data's own "
+        "prompts in their order; beside it stands prefix caching's time",
+        timing("reuse.beside_prefix", "instead of {}"),
+    ),
+    Measure(
+        "Computed", "% of prompt tokens", "reuse.computed_share", percent,
+        "share of the tokens of the data's prompts that were computed for them, and what prefix caching "
+        "computes",
+        computed,
     ),
     Measure(
         "KV time", "baseline = 1", "speed.kv_ratio", ratio,
         "the part of the time per token that the cache costs (the time at the stated context less "
         "the time at a context of one token), over the baseline's; left open where the baseline's "
         "own part is within the noise, and for speculation, which has no such part",
-        timing("kv"), paper=False,
+        timing("speed.kv"), paper=False,
     ),
     Measure(
         "Peak memory", "bytes", "memory.peak_rss_bytes", size,

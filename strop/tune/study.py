@@ -22,6 +22,7 @@ from strop.tasks.data import Data
 from strop.tune.frontier import Row, judge
 from strop.tune.measure import SURVIVORS, Elsewhere, Measurer, Report, describe, failed
 from strop.tune.settings import Settings
+from strop.tune.shared import reuse_methods
 from strop.tune.workload import PROBLEMS, Workload
 from strop.weights.experts import has_experts
 
@@ -52,7 +53,7 @@ class Study:
         given = [] if settings.draft is None else [absolute(settings.draft)]
         self.drafters = list(dict.fromkeys([*drafters_for(base.plain), *given]))
         experts = has_experts(base.checkpoint.config)
-        self.candidates = candidates(work.context, self.drafters, experts)
+        self.candidates = candidates(work.context, self.drafters, experts, reuse_methods(work.asks))
         self.store = ResultStore(out / "results.sqlite")
         self.fingerprint = base.checkpoint.fingerprint()
         self.deadline = time.monotonic() + 60 * (settings.budget_minutes or float("inf"))
@@ -119,7 +120,7 @@ class Study:
         products = []
         for combination in itertools.product(*survivors.values()):
             filled = {s: m for s, (_, m) in zip(survivors, combination, strict=True) if m is not None}
-            if len(filled) > 1:
+            if len(filled) > 1 and not ("reuse" in filled and filled.keys() & {"kv", "decode"}):
                 products.append((math.prod(value for value, _ in combination), filled))
         products.sort(key=lambda pair: pair[0])
         self.left_out = max(len(products) - COMPOSITIONS, 0)

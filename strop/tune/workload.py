@@ -16,6 +16,7 @@ from strop.tasks.base import Example, is_right
 from strop.tasks.data import Data, Kind, Row, bundled_training, read_data
 from strop.tasks.reasoning import final_answer
 from strop.tasks.recall import first_digits, passkeys
+from strop.tune.shared import Ask, asks
 
 SCORED_TOKENS = 8_192
 """Tokens of text that perplexity and KL are taken on, at most, or one text of the stated context."""
@@ -71,6 +72,8 @@ class Workload:
     extract: Callable[[str], str | None]
     """Finds the answer in a completion."""
     p95_tokens: int
+    asks: tuple[Ask, ...] = ()
+    """Prompts that share documents, or are turns of sessions, in the file's order."""
 
 
 def build(model: Model, data: Data, context: int | None, batch: int, seed: int) -> Workload:
@@ -106,6 +109,7 @@ def build(model: Model, data: Data, context: int | None, batch: int, seed: int) 
         speed_batches=_speed_batches(texts, context, batch),
         extract=final_answer if data.kind == "reasoning" else str.strip,
         p95_tokens=p95,
+        asks=asks(model, data.rows, PROBLEMS, ANSWER_TOKENS, room),
     )
 
 
