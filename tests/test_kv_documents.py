@@ -264,3 +264,10 @@ class TestSessions:
             )
         finally:
             lm.tokenizer.chat_template = None
+
+
+def test_without_a_number_of_pages_there_are_enough_for_four_contexts():
+    lm = rag()
+    for made in (DocumentStore(lm), SegmentCache(lm)):
+        tokens = made.store.pages * made.store.page
+        assert tokens == min(4 * made.store.context, 32_768) // made.store.page * made.store.page

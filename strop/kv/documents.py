@@ -28,7 +28,7 @@ class DocumentStore:
         model: Any,
         tokenizer: Any = None,
         *,
-        pages: int,
+        pages: int | None = None,
         page: int = 16,
         repair: int = 0,
         chunks: BatchPolicy | None = None,
@@ -36,11 +36,12 @@ class DocumentStore:
     ) -> None:
         """At most `pages` of `page` tokens, for a `strop.Model` or a transformers model and its tokenizer.
 
+        None holds four contexts of the model, 32,768 tokens at most.
         `repair` tokens, whole pages, are computed again at the beginning of every document but the first.
         Raises StropError for a model whose keys cannot be moved, and for sizes that do not fit.
         """
         self.texts = Texts.of(model, tokenizer)
-        self.store = PagedStore(self.texts.model, pages, page)
+        self.store = PagedStore(self.texts.model, self.texts.pages(pages, page), page)
         if repair < 0 or repair % page:
             raise StropError(
                 f"a repair of {repair} tokens cuts a page: give a multiple of the page's {page} tokens"

@@ -36,7 +36,7 @@ class SegmentCache:
         model: Any,
         tokenizer: Any = None,
         *,
-        pages: int,
+        pages: int | None = None,
         page: int = 16,
         evictor: str = "asymcache",
         cost: RecomputeCost | None = None,
@@ -46,6 +46,7 @@ class SegmentCache:
     ) -> None:
         """At most `pages` of `page` tokens, for a `strop.Model` or a transformers model and its tokenizer.
 
+        None holds four contexts of the model, 32,768 tokens at most.
         `evictor` is a name of `strop.core.evict`, which hears what computing a block again costs (by default
         in operations of this model) and how likely a block is used again. Raises StropError for an evictor
         that there is not, a model whose keys cannot be moved, and sizes that do not fit.
@@ -53,6 +54,7 @@ class SegmentCache:
         self.texts = Texts.of(model, tokenizer)
         if evictor not in EVICTORS:
             raise StropError(f"there is no evictor {evictor!r}: choose one of {', '.join(EVICTORS)}")
+        pages = self.texts.pages(pages, page)
         cost = operations(self.texts.model, page) if cost is None else cost
         around = Surroundings(pages, cost, Reuse(LIFESPAN_S) if reuse is None else reuse)
         self.store = PagedStore(self.texts.model, pages, page, EVICTORS[evictor](around))

@@ -10,6 +10,8 @@ from strop.core.errors import StropError
 
 Text = str | Sequence[int]
 """Text, or its token ids."""
+CONTEXTS, MOST = 4, 32_768
+"""Contexts that pages hold where nothing else is said, and the tokens that they hold at most."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,14 @@ class Texts:
         """Tokens that end a text, as the model's generation settings say."""
         end = self.model.generation_config.eos_token_id
         return frozenset(() if end is None else [end] if isinstance(end, int) else end)
+
+    def pages(self, asked: int | None, page: int) -> int:
+        """How many pages of `page` tokens to keep."""
+        if asked is not None:
+            return asked
+        config = self.model.config.get_text_config(decoder=True)
+        tokens = min(CONTEXTS * getattr(config, "max_position_embeddings", MOST), MOST)
+        return max(tokens // max(page, 1), 1)
 
     def encode(self, text: Text) -> list[int]:
         """Token ids of a text. Raises StropError for none, and for ids that the model does not know."""
