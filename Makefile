@@ -42,7 +42,7 @@ check: $(DEV_STAMP)
 # On a machine with its own Python environment: make gpu PY=python3
 PY ?= $(BIN)/python
 gpu: $(if $(filter $(BIN)/python,$(PY)),$(DEV_STAMP))
-	$(PY) -m pytest -m gpu tests/test_gpu.py tests/test_kernels_triton.py
+	$(PY) -m pytest -m gpu tests/test_gpu.py tests/test_kernels_triton.py tests/test_kernels_paged.py
 	PYTHONPATH=. $(PY) docs/measure_gpu.py
 
 report: $(STAMP)

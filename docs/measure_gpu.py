@@ -26,6 +26,7 @@ PARTS = {
     "verify": ("gpu_speculation", "gpu-speculation.json"),
     "speculate": ("gpu_speculation", "gpu-speculation.json"),
     "prune": ("gpu_prune", "gpu-prune.json"),
+    "paged": ("gpu_paged", "gpu-paged.json"),
 }
 """Which module measures a part, and where its rows go."""
 
