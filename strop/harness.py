@@ -77,7 +77,8 @@ class StropLM(HFLM):
         if recipe is None:
             raise StropError("no model is named: add --model_args recipe=RECIPE.yaml, zoo:NAME or a folder")
         self.lm = recipe if isinstance(recipe, Model) else load(str(recipe), dtype, device)
-        self.lm.require_plain_reading()
+        if self.lm.recipe.reuse is not None:
+            raise self.lm.recipe.reuse.needs_pages()
         super().__init__(
             pretrained=self.lm.model,
             tokenizer=copy.deepcopy(self.lm.tokenizer),  # the harness gives its own a padding token

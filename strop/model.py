@@ -27,8 +27,6 @@ from strop.core.sampling import KeyedSampler
 from strop.decode.calibrate import Report
 from strop.decode.stats import Stats
 from strop.kv.base import KVShape
-from strop.kv.documents import DocumentStore
-from strop.kv.segments import SegmentCache
 from strop.models.zoo import zoo_path
 from strop.prune.trace import trace
 from strop.recipe import Recipe, label
@@ -113,30 +111,13 @@ class Model:
         if (drafted := self.decoding.get("custom_generate")) is not None:
             drafted.prepare(self.model, self.new_cache(), report)
 
-    @cached_property
-    def reusing(self) -> DocumentStore | SegmentCache:
-        """The pages of the recipe's reuse method, empty at first. Raises StropError without one."""
-        if self.recipe.reuse is None:
-            raise StropError("the recipe's reuse slot is empty: fill it, or make a strop.kv.DocumentStore")
-        return self.recipe.reuse.open(self)
-
     def new_cache(self) -> Cache:
-        """An empty cache of the recipe's kv method; transformers' dense cache when the slot is empty.
-
-        Raises StropError where the recipe reuses pages: a prompt alone does not say what it shares.
-        """
-        self.require_plain_reading()
+        """An empty cache of the recipe's kv method, or transformers' own. Raises StropError under reuse."""
+        if self.recipe.reuse is not None:
+            raise self.recipe.reuse.needs_pages()
         if self.recipe.kv is None:
             return DynamicCache(config=self.model.config)
         return self.recipe.kv.new_cache(self.model.config)
-
-    def require_plain_reading(self) -> None:
-        """Raise StropError where the recipe's reuse slot would be ignored."""
-        if (method := self.recipe.reuse) is not None:
-            raise StropError(
-                f"{label('reuse', method)} is used by strop.load(RECIPE).reusing.generate(...), a "
-                f"{method.kind}: use that, or leave the reuse slot empty"
-            )
 
     def text(self, prompt: Prompt) -> str:
         """The text the model reads: a string as it is, chat messages through the chat template."""

@@ -43,10 +43,8 @@ def show_frontier(study: Mapping[str, Any], out: Path) -> None:
     told = view(console.plain(study))
     lines = [line for line in told["lines"] if line["kind"] in ("chosen", "baseline", "frontier")]
     names = ["Memory", "Time per token", "Drop, upper limit"]
-    if any(row.get("reuse") for row in study["rows"]):
-        names.append("First token")
-    if any(row.get("audit") for row in study["rows"]):
-        names.append("Features kept")
+    optional = {"reuse": "First token", "audit": "Features kept"}
+    names += [name for key, name in optional.items() if any(row.get(key) for row in study["rows"])]
     columns = [
         Column("Recipe", ratio=3),
         *(Column(name, justify="right") for name in names),

@@ -52,6 +52,16 @@ def test_answers_may_be_numbers(tmp_path, answer, read):
     )
 
 
+def test_rows_say_what_they_share(tmp_path):
+    shared = [
+        {"documents": ["one ", "two "], "prompt": "three", "answer": 4},
+        {"session": "s", "messages": [{"role": "user", "content": "x"}]},
+    ]
+    first, second = read_data(file(tmp_path, lines(*shared), "a.jsonl")).rows
+    assert first == Row("one two three", "4", documents=("one ", "two ")) and first.query == "three"
+    assert second == Row(({"role": "user", "content": "x"},), session="s")
+
+
 def test_marks_line_ends_blank_and_double_lines_do_no_harm(tmp_path):
     row = lines({"prompt": "x"}).strip()
     found = read_data(file(tmp_path, f"\ufeff{row}\r\n\r\n{row}\r\n   \n{row}", "a.jsonl"))
@@ -105,6 +115,20 @@ ROWS = {
     "message is text": ('{"messages": ["x"]}', "role and content"),
     "message lacks content": ('{"messages": [{"role": "user"}]}', "role and content"),
     "content is a list": ('{"messages": [{"role": "user", "content": []}]}', "role and content"),
+    "documents are a text": ('{"prompt": "x", "documents": "y"}', "documents must be a list of texts"),
+    "a document is a number": ('{"prompt": "x", "documents": ["y", 3]}', "documents must be a list of texts"),
+    "no documents": ('{"prompt": "x", "documents": []}', "documents must be a list of texts"),
+    "a document is empty": ('{"prompt": "x", "documents": ["y", ""]}', "documents must be a list of texts"),
+    "session is a number": ('{"prompt": "x", "session": 3}', "session must be a name in quotes, got 3"),
+    "documents and session": (
+        '{"prompt": "x", "documents": ["y"], "session": "s"}',
+        "both documents and a session",
+    ),
+    "documents and messages": (
+        '{"messages": [{"role": "user", "content": "x"}], "documents": ["y"]}',
+        "documents and messages",
+    ),
+    "half a character in a document": ('{"prompt": "x", "documents": ["\\ud800"]}', "half a character"),
     "half a character": ('{"prompt": "\\ud800"}', "half a character"),
 }
 

@@ -71,9 +71,10 @@ def clauses(row: Row, max_drop: float | None) -> Iterable[str]:
         )
     if row.get("reuse"):
         first, low, high = row["speed"]["ttft_ratio"]
+        computed = percent(row["reuse"]["computed_share"])
         yield (
             f"takes {ratio(first)} of the time to the first token (95\u00a0% interval "
-            f"{between(low, high, ratio)}), computing {percent(row['reuse']['computed_share'])} of the prompts"
+            f"{between(low, high, ratio)}), computing {computed} of the prompts' tokens"
         )
 
 
