@@ -56,10 +56,8 @@ class Model:
     ) -> None:
         """`plain` is the checkpoint as loaded, `pruned` the same as cut, `model` that as quantized."""
         recipe.check()
-        self.plain = plain
-        self.tokenizer = tokenizer
-        self.recipe = recipe
-        self.checkpoint = checkpoint
+        self.plain, self.tokenizer = plain, tokenizer
+        self.recipe, self.checkpoint = recipe, checkpoint
         self.pruned = self._cut() if pruned is None else pruned
         if model is None and recipe.weights is not None:
             model = recipe.weights.apply(shared(self.pruned), self.calibration)
