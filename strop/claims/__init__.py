@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from strop.claims.base import VERDICTS, Claim, Paper, Progress, Report, Tables, joined
+from strop.claims.base import VERDICTS, Claim, Paper, Progress, Report, Tables, beside, joined
 from strop.core.errors import StropError
 from strop.core.executor import Executor, Local, Lost
 from strop.core.files import did_you_mean
@@ -58,10 +58,22 @@ def _netkv() -> Paper:
     return PAPER
 
 
-def _asymcache() -> Paper:
+def _lazyattention() -> Paper:
+    from strop.claims.lazyattention import PAPER
+
+    return PAPER
+
+
+def _scheduler() -> Paper:
     from strop.claims.asymcache import PAPER
 
     return PAPER
+
+
+def _asymcache() -> Paper:
+    from strop.claims.msa import PAPER
+
+    return beside(_scheduler(), PAPER)
 
 
 def _e2llm() -> Paper:
@@ -84,6 +96,7 @@ def _primesvt() -> Paper:
 
 PAPERS: dict[str, Callable[[], Paper]] = {
     "kvarn": _kvarn,
+    "lazyattention": _lazyattention,
     "vase": _vase,
     "treeflash": _treeflash,
     "caddtree": _caddtree,
@@ -96,7 +109,7 @@ PAPERS: dict[str, Callable[[], Paper]] = {
     "primesvt": _primesvt,
 }
 """Key of each paper and how its claims are measured; an experiment is imported when it runs."""
-SCHEDULERS: dict[str, Callable[[], Paper]] = {"asymcache": _asymcache}
+SCHEDULERS: dict[str, Callable[[], Paper]] = {"asymcache": _scheduler}
 """Of papers with a model's side and a scheduler's: the latter, which loads no model."""
 
 

@@ -195,6 +195,31 @@ class Paper:
     """Every hypothesis against the tables."""
 
 
+def beside(one: Paper, other: Paper) -> Paper:
+    """Two sides of a paper as one: scales and beds in pairs, the experiments and claims of both in order.
+
+    Names of parts and of experiments must differ between the sides, and both have the same scales.
+    """
+    sides = one, other
+
+    def on(number: int, found: Part) -> Part:
+        return dataclasses.replace(found, study=lambda beds, progress: found.study(beds[number], progress))
+
+    return Paper(
+        scales={name: (size, other.scales[name]) for name, size in one.scales.items()},
+        lay=lambda sizes, progress: tuple(
+            side.lay(size, progress) for side, size in zip(sides, sizes, strict=True)
+        ),
+        laying=one.laying + other.laying,
+        parts=lambda sizes: [
+            on(number, found) for number, side in enumerate(sides) for found in side.parts(sizes[number])
+        ],
+        verdicts=lambda tables, sizes: [
+            claim for side, size in zip(sides, sizes, strict=True) for claim in side.verdicts(tables, size)
+        ],
+    )
+
+
 def _will_do(value: Any, wanted: Any) -> bool:
     return value in wanted if isinstance(wanted, tuple) else value == wanted
 
