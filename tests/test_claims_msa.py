@@ -1,13 +1,13 @@
 """Claims of AsymCache's attention: experiments run, controls behave; no hypothesis is tested."""
 
-import json
 import time
 
 import pytest
 import torch
+from claiming import require_steady, require_whole
 
 from strop.claims import PAPERS, SCHEDULERS, msa, msa_bed, msa_study
-from strop.claims.base import VERDICTS, Paper, Part, Progress, Table, beside, joined
+from strop.claims.base import Paper, Part, Progress, Table, beside, joined
 from strop.claims.msa_study import FROM_FIRST, PACKED, PASSES, fitted, pieces, ways
 from strop.core.errors import StropError
 
@@ -46,16 +46,8 @@ def measured(bed):
 
 def test_every_claim_has_a_verdict_and_plain_details(measured):
     tables, shares, steps = measured
-    found = msa.PAPER.verdicts(tables, SMALL)
-    assert len(found) == 7 and all(claim.paper == "asymcache" in PAPERS for claim in found)
-    assert len({claim.claim for claim in found}) == 7
-    for claim in found:
-        assert claim.verdict in VERDICTS and claim.scale == "tiny"
-        if claim.verdict != "needs a GPU":
-            low, high = claim.interval
-            assert low <= high and claim.details and claim.seeds == 2
-    json.dumps([claim.to_dict() for claim in found], allow_nan=False)
-    assert len(shares) == steps and shares == sorted(shares) and max(shares) < 1
+    require_whole(msa.PAPER.verdicts(tables, SMALL), 7, "asymcache", seeds=2)
+    require_steady(shares, steps)
 
 
 def test_claims_need_the_models_and_a_device(monkeypatch, tmp_path):

@@ -1,13 +1,12 @@
 """Claims of LazyAttention: experiments run and repeat, controls behave; no hypothesis is tested."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
+from claiming import require_steady, require_whole
 
-from strop.claims import PAPERS, lazyattention, reuse_bed
-from strop.claims.base import VERDICTS, Progress, Table, joined
+from strop.claims import lazyattention, reuse_bed
+from strop.claims.base import Progress, Table, joined
 from strop.claims.lazyattention_study import (
     COPY,
     LAZY,
@@ -69,16 +68,8 @@ def measured(bed):
 
 def test_every_claim_has_a_verdict_and_plain_details(measured):
     tables, shares, steps = measured
-    found = lazyattention.PAPER.verdicts(tables, TINY)
-    assert len(found) == 9 and all(claim.paper == "lazyattention" in PAPERS for claim in found)
-    assert len({claim.claim for claim in found}) == 9
-    for claim in found:
-        assert claim.verdict in VERDICTS and claim.scale == "tiny"
-        if claim.verdict != "needs a GPU":
-            low, high = claim.interval
-            assert low <= high and claim.details and claim.seeds == 2
-    json.dumps([claim.to_dict() for claim in found], allow_nan=False)
-    assert len(shares) == steps and shares == sorted(shares) and max(shares) < 1
+    require_whole(lazyattention.PAPER.verdicts(tables, TINY), 9, "lazyattention", seeds=2)
+    require_steady(shares, steps)
 
 
 def test_experiments_repeat(measured, bed):

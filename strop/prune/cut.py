@@ -11,12 +11,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
-from transformers.pytorch_utils import Conv1D
 
 from strop.core.errors import StropError, reason
+from strop.core.narrow import resize
 from strop.prune.units import Axis, Example, Unit, Units
 
 Kept = Mapping[str, Tensor]
@@ -156,20 +155,10 @@ def _held(module: nn.Module) -> Iterator[Tensor]:
 
 def _resize(before: nn.Module, after: nn.Module, stay: Mapping[int, Tensor]) -> None:
     """Make the numbers that a module keeps of its own sizes true again."""
-    match after:
-        case nn.Linear():
-            after.out_features, after.in_features = after.weight.shape
-        case Conv1D():
-            after.nx, after.nf = after.weight.shape
-        case nn.Embedding():
-            after.embedding_dim = after.weight.shape[1]
-        case _ConvNd():
-            if (rows := stay.get(id(before.weight))) is not None:
-                after.groups = len((rows // (len(before.weight) // before.groups)).unique())
-            ends = after.weight.shape[0], after.weight.shape[1] * after.groups
-            after.in_channels, after.out_channels = ends if after.transposed else ends[::-1]
-        case _NormBase():
-            after.num_features = len(next(_held(after)))
+    groups = None
+    if isinstance(after, _ConvNd) and (rows := stay.get(id(before.weight))) is not None:
+        groups = len((rows // (len(before.weight) // before.groups)).unique())
+    resize(after, groups)
 
 
 def outputs(model: nn.Module, example: Example, called: str = "the model") -> list[Tensor]:
