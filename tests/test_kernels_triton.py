@@ -40,6 +40,8 @@ METHODS = {
     "hadamard k2v8": HadamardRTN(bits_k=2, bits_v=8, group=GROUP),
     "kivi k4v4 fp8": KIVI(bits=4, group=NARROW, aux_dtype="fp8"),
 }
+if DEVICE == "cpu" and not SOAK:
+    METHODS = {name: METHODS[name] for name in ("k4v2", "k2v2 fp8", "k4v4 paper", "kivi k4v4 fp8")}
 REFUSED = (("dim", 96), ("dim", 32), ("dim", 512), ("group", 8))
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
@@ -64,6 +66,7 @@ def run(*command: object) -> str:
 class TestInterpreter:
     pytestmark = apart_from_cases
 
+    @pytest.mark.soak
     def test_every_case(self):
         run("-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", __file__)
 
