@@ -26,7 +26,7 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/strop tune zoo:coder --out runs/demo --resume
 
 test: $(DEV_STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n 3 --dist worksteal
 
 # Faults and fuzz at length, under an hour. STROP_SEED=N draws others.
 soak: $(DEV_STAMP)

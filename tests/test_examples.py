@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from counts import SOAK
 
 SHOWN = {
     "draft_on_transformers": "the same text",
@@ -15,11 +16,15 @@ SHOWN = {
 }
 """What an example prints; the others name a method."""
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+LONG = ("tune_from_python",)
+"""Examples that take most of a minute."""
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs(example, tmp_path):
+    if example.stem in LONG and not SOAK:
+        pytest.skip("long: make soak")
     environment = os.environ | {"PYTHONPATH": str(example.parents[1])}
     run = subprocess.run(
         [sys.executable, str(example)],

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from counts import SOAK
 from quantizing import TOKENS
 from test_cli import TEXT, said, save_tiny, strop_
 
@@ -110,7 +111,8 @@ def test_a_recipe_file_with_a_prune_slot_is_loaded_generated_from_and_measured(t
     assert row["status"] == "measured" and row["slots"]["prune"] == "uniform"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="long: make soak")
 def test_tune_tries_it_when_it_is_named_and_not_by_itself(tiny, tmp_path):
     assert candidates(64)["prune"] == () and set(METHODS["prune"]) == {"psvit", "primesvt", "uniform"}
     (tmp_path / "data.txt").write_text(TEXT[:600])

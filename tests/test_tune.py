@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counts import SOAK
 from test_cli import TEXT, save_tiny
 from transformers import (
     AutoModelForCausalLM,
@@ -338,7 +339,8 @@ def measured_rows(path: Path) -> list[tuple[str, str]]:
         return []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
+@pytest.mark.skipif(not SOAK, reason="long, and a kill of robustness/test_kill.py in brief: make soak")
 def test_kill_loses_nothing_that_was_complete(model, text, tmp_path):
     out = tmp_path / "out"
     run = subprocess.Popen(command(model, text, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
