@@ -78,8 +78,9 @@ def test_what_a_worker_raises_is_raised_here(tmp_path):
 
 def test_an_interruption_ends_workers_and_they_say_nothing(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from working import Squares; "
+        "import signal, sys; from pathlib import Path; from working import Squares; "
         "from strop.core.processes import Processes\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # shells ignore it in the background
         "with Processes(2).workers(Squares(Path(sys.argv[1]))) as run:\n"
         "    list(run([1, 100], lambda *said: None))"
     )
