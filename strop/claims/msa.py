@@ -197,7 +197,8 @@ def _sessions(scale: Scale, pages: int) -> str:
     return (
         f"{scale.sessions} sessions of {scale.turns} turns, {scale.first} tokens and {scale.more} a turn, "
         f"{pages} pages of 16, zoo:{MODEL}, one request at a time; L is the 99th percentile of the "
-        "same draw's reuse times; every evictor's cache is used behind holes"
+        "same draw's reuse times; every evictor's cache is used behind holes; pages and arrivals were chosen "
+        "after trials with smaller gains and a slight loss, which docs/log.md tells"
     )
 
 
