@@ -28,7 +28,7 @@ CURVES = {"steep": {1: 1.0, 128: 6350.0}, "affine": {1: 1.0, 128: 10.0}, "flat":
 @cache
 def target(name: str = "qwen3", seed: int = 0, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     """Two layers of width 32 that tests must leave as they are."""
-    config = deepcopy(CONFIGS[name])
+    config = CONFIGS[name]
     config.vocab_size = vocabulary
     if isinstance(config, GPT2Config):
         config.n_embd = 32

@@ -85,7 +85,7 @@ def test_published_folders(tmp_path):
 
 
 def test_taps_are_evenly_spread_where_a_config_names_none(tmp_path):
-    config = deepcopy(CONFIGS["qwen3"])
+    config = CONFIGS["qwen3"]
     config.num_hidden_layers, config.layer_types = 10, ["full_attention"] * 10
     model = AutoModelForCausalLM.from_config(config).eval()
     trunk = DFlashNet(new_config(model, 5, 4, 0))

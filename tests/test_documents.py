@@ -1,7 +1,6 @@
 """Look-ups in documents: the texts, rows in which documents do not see each other, and training on them."""
 
 import re
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -22,7 +21,7 @@ FACT = re.compile(r"([a-z]{3})=(\d{3});")
 
 def _model(name="qwen3", **kwargs):
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(deepcopy(CONFIGS[name]), **kwargs).eval()
+    return AutoModelForCausalLM.from_config(CONFIGS[name], **kwargs).eval()
 
 
 def _asked(*lengths, questions=2, seed=0):
@@ -176,7 +175,7 @@ def test_models_whose_documents_cannot_move_are_refused():
     require_placeable(_model("qwen3", dtype=torch.bfloat16))
     with pytest.raises(StropError, match="GPT2LMHeadModel does not encode a document the same"):
         require_placeable(_model("gpt2"))
-    for config in (deepcopy(CONFIGS["gemma2"]), MistralConfig(**DENSE, sliding_window=12)):
+    for config in (CONFIGS["gemma2"], MistralConfig(**DENSE, sliding_window=12)):
         model = AutoModelForCausalLM.from_config(config)
         model.config._attn_implementation = "sdpa"
         with pytest.raises(StropError, match="without full attention"):

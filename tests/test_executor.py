@@ -9,6 +9,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import psutil
 import pytest
@@ -143,6 +144,18 @@ def test_more_than_any_node_has_is_refused(tmp_path):
         Ray().workers(Squares(tmp_path), cpus=64),
     ):
         pass
+
+
+def test_a_cluster_that_is_late_is_started_once_more():
+    late, asked = RuntimeError("The current node timed out during startup."), {"num_cpus": 2}
+    ray = Mock(**{"init.side_effect": (late, None)})
+    executor._started(ray, asked)
+    assert ray.mock_calls == [call.init(**asked), call.shutdown(), call.init(**asked)]
+    for fails, tries in (((late, late), 2), ((ConnectionError("no such place"),), 1)):
+        ray = Mock(**{"init.side_effect": fails})
+        with pytest.raises(type(fails[-1])):
+            executor._started(ray, asked)
+        assert ray.init.call_count == tries
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

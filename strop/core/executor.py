@@ -134,7 +134,7 @@ def cluster(address: str | None = None, workers: int | None = None, cpus: int = 
                 yield ray
                 return
             try:
-                ray.init(**settings)
+                _started(ray, settings)
             except (Exception, SystemExit) as error:  # Ray exits where an address is no cluster's
                 where = f"at {address}" if address else "on this machine"
                 raise StropError(f"no Ray cluster {where}: {' '.join(str(error).split())[:200]}") from error
@@ -142,6 +142,17 @@ def cluster(address: str | None = None, workers: int | None = None, cpus: int = 
             yield ray
         finally:
             ray.shutdown()
+
+
+def _started(ray: Any, settings: Mapping[str, Any]) -> None:
+    """Ray gives its node 30 s, which a busy machine may not keep: a second try finds its files in memory."""
+    try:
+        ray.init(**settings)
+    except Exception as error:
+        if "timed out during startup" not in str(error):
+            raise
+        ray.shutdown()
+        ray.init(**settings)
 
 
 def _imported() -> Any:
