@@ -31,6 +31,7 @@ from report_speed import (
 from report_weights import WEIGHTS
 
 from strop.claims import PAPERS
+from strop.claims.base import VERDICTS
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
@@ -118,33 +119,38 @@ def kvpress(results: dict[str, Any]) -> str:
 
 
 def claims(results: dict[str, Any]) -> str:
-    """Every claim with its verdict."""
-    rows = []
-    for claim in results["claims"]:
-        interval = claim["interval"]
-        span = "-" if interval is None else f"{interval[0]:.3g} to {interval[1]:.3g}"
-        rows.append(
-            [
-                claim["paper"],
-                claim["claim"],
-                claim["paper_value"],
-                claim["measured"],
-                span,
-                f"**{claim['verdict']}**: {claim['reason']}",
-            ]
+    """Every claim with its verdict, a section a paper."""
+    head = ["claim", "paper", "measured", "95 % interval", "verdict"]
+    sections = []
+    for paper in _papers(results):
+        rows = [_claim(claim) for claim in results["claims"] if claim["paper"] == paper]
+        where = (
+            f"{part}: {measured_on(machine)}"
+            for part, machine in results["machines"].items()
+            if part.partition(",")[0] == paper
         )
-    head = ["paper", "claim", "paper", "measured", "95 % interval", "verdict"]
-    by_machine: dict[str, list[str]] = {}
-    for paper, machine in results["machines"].items():
-        by_machine.setdefault(measured_on(machine), []).append(paper)
-    where = " ".join(f"{', '.join(papers)}: {told}" for told, papers in by_machine.items())
-    return f"{table(head, rows)}\n\n`strop claims`, scale {results['claims'][0]['scale']}. {where}"
+        sections.append(f"## {paper}\n\n{table(head, rows)}\n\n{' '.join(where)}")
+    return f"\n`strop claims`, scale {results['claims'][0]['scale']}.\n\n" + "\n\n".join(sections) + "\n"
+
+
+def _papers(results: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(claim["paper"] for claim in results["claims"]))
+
+
+def _claim(claim: dict[str, Any]) -> list[str]:
+    span = "-" if claim["interval"] is None else "{:.3g} to {:.3g}".format(*claim["interval"])
+    verdict = f"**{claim['verdict']}**: {claim['reason']}"
+    return [claim["claim"], claim["paper_value"], claim["measured"], span, verdict]
 
 
 def short(results: dict[str, Any]) -> str:
-    """Every claim and its verdict, no more."""
-    rows = [[claim["paper"], claim["claim"], claim["verdict"]] for claim in results["claims"]]
-    return table(["paper", "claim", "here"], rows)
+    """How many claims of each paper got which verdict."""
+    tally = Counter((claim["paper"], claim["verdict"]) for claim in results["claims"])
+    rows = [
+        [f"[{paper}](docs/claims.md#{paper})", *(str(tally[paper, verdict] or "") for verdict in VERDICTS)]
+        for paper in _papers(results)
+    ]
+    return table(["paper", *VERDICTS], rows)
 
 
 def verdicts(results: dict[str, Any], paper: str) -> str:

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,9 @@ def verdict_table(paper: str, up: str) -> str:
 def anchored(text: str) -> str:
     """docs/claims.md with a name on each row, by which `verdict_table` finds it."""
     for paper, found in claims().items():
+        before, heading, rows = text.partition(f"\n## {paper}\n")
         for number, claim in enumerate(found, 1):
-            row = f"| {paper} | {claim['claim']} |"
-            named = f'| <a id="{paper}-{number}"></a>{paper} | {claim["claim"]} |'
-            text = re.sub(f"^{re.escape(row)}", lambda _, named=named: named, text, count=1, flags=re.M)
+            row = f"{claim['claim']} |"
+            rows = rows.replace(f"\n| {row}", f'\n| <a id="{paper}-{number}"></a>{row}', 1)
+        text = before + heading + rows
     return text
