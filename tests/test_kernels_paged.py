@@ -172,10 +172,27 @@ class TestTorch:
 
 
 class TestFlex:
-    @pytest.mark.parametrize("name", list(CASES)[:2])
+    bound = 1e-5 if DEVICE == "cpu" else 5e-3
+
+    @every_case
     @pytest.mark.parametrize("softcap", [None, 2.0])
     def test_as_an_explicit_mask(self, name, softcap):
-        assert case(name).error(paged_flex.attend, softcap) < (1e-5 if DEVICE == "cpu" else 5e-3)
+        assert case(name).error(paged_flex.attend, softcap) < self.bound
+
+    @pytest.mark.parametrize("heads_kv", [1, 2, 4])
+    @pytest.mark.parametrize("page", [8, 12])
+    def test_with_grouped_heads_and_pages_of_any_size(self, heads_kv, page):
+        one = Case(rope(32, 16), page, 8, heads_kv, (*MIXED, (40, (3, 90, 17), 70)))
+        assert one.error(paged_flex.attend) < self.bound
+
+    def test_a_row_that_sees_nothing(self):
+        nothing = np.zeros((0, 4), dtype=np.int64)
+        full = np.array([(0, 0, 16, 0)])
+        plan = Plan.of([(np.array([3]), nothing), (np.array([3, 4]), full)], 16, rope(16, 16), DEVICE)
+        query, pool = torch.ones(3, 2, 16, device=DEVICE), torch.ones(1, 1, 16, 16, device=DEVICE)
+        out, lse = paged_flex.attend(query, pool, pool, plan, 1.0, None)
+        assert (out[0] == 0).all() and (lse[0] == LOWEST).all()
+        assert (out[1:] == 1).all() and (lse[1:] > 16).all()
 
 
 @interpreted

@@ -15,11 +15,15 @@ from strop.core.chunks import Fixed
 from strop.core.errors import StropError
 from strop.kv import DocumentStore, KVarN, SegmentCache
 from strop.kv.requests import Answer
+from strop.kv.reuse import Documents, Segments
+from strop.recipe import Recipe
 from strop.tasks.documents import Size, look_ups
 
 NAME, PAGE = "qwen3", 8
 TEXTS = [text(length, seed) for seed, length in enumerate((13, 21, 5))]
 QUERY = text(19, 9)
+LONG = [text(length, seed) for seed, length in enumerate((45, 60, 8, 29))]
+CODEC = KVarN(bits=4, group=PAGE).codec()
 
 
 def store(pages: int = 64, **options) -> DocumentStore:
@@ -100,6 +104,61 @@ class TestOrder:
         found = documents.generate(QUERY[:7], handles[:3], 4)
         assert 0 < found.recomputed_tokens == found.computed_document_tokens
         assert found.token_ids == dense(TEXTS, QUERY[:7], 4)
+        documents.store.check()
+
+
+class TestPacked:
+    def test_answers_are_those_of_a_store_that_holds_what_the_codec_gives_back(self):
+        packed, plain = store(codec=CODEC, open_pages=24), store()
+        for one in (packed, plain):
+            one.add(LONG)
+        source, target = packed.store.pool, plain.store.pool
+        assert source.coded.sum() == 4 + 6 + 0 + 2
+        for block, page in packed.store._page.items():
+            to = plain.store._page[block]
+            for layer, (keys, values) in enumerate(zip(target.keys, target.values, strict=True)):
+                if source.coded[page]:
+                    keys[to], values[to] = CODEC.decode(source.records[layer][page], keys.shape[-1])
+                else:
+                    row = source.row[page]
+                    keys[to], values[to] = source.keys[layer][row], source.values[layer][row]
+            plain.store._seals[to] = plain.store._seals[to]._replace(
+                checksum=target.sums([to], [plain.store._seals[to].valid])[0]
+            )
+        for order in ([0, 1, 2, 3], [3, 1], [2, 3, 0]):
+            found, wanted = (one.generate(QUERY[:6], [LONG[i] for i in order], 8) for one in (packed, plain))
+            assert found.token_ids == wanted.token_ids
+            assert found.computed_document_tokens == wanted.computed_document_tokens == 0
+        packed.store.check()
+
+    def test_all_bytes_are_counted(self):
+        packed, plain = store(codec=CODEC, open_pages=16), store()
+        record, heads, dim, layers = CODEC.record_bytes(16), 2, 16, 2
+        assert plain.store.bytes() == 64 * 2 * layers * heads * PAGE * dim * 4
+        assert packed.store.bytes() == plain.store.bytes() // 4 + 64 * layers * heads * record
+        assert store(codec=CODEC).store.bytes() == packed.store.bytes(), "a quarter is open by default"
+
+    def test_sessions_pack_their_pages_too(self):
+        cache = SegmentCache(tiny_model(NAME), pages=40, page=PAGE, codec=CODEC, open_pages=8)
+        first, again = (cache.generate(text(80, 1), 6) for _ in range(2))
+        assert cache.store.pool.coded.sum() >= 8 and again.reused_tokens == 72
+        assert len(first.token_ids) == len(again.token_ids) == 6
+        cache.store.check()
+
+    def test_sessions_are_exact_in_16_bits_alone(self):
+        assert Segments().lossless and not Segments(bits=8).lossless
+        with pytest.raises(StropError, match="bits must be one of 1, 2, 4, 8 or 16, got 3"):
+            Recipe.from_dict({"strop": 1, "reuse": {"segments": {"bits": 3}}})
+
+    def test_a_recipe_packs_them_and_the_bundled_model_still_finds_what_they_say(self):
+        lm = rag().with_(reuse=Documents(pages=120, bits=4))
+        documents = lm.recipe.reuse.open(lm)
+        right = 0
+        for asked in look_ups(8, 3, Size(documents=(4, 4), facts=(8, 10), queries=1)):
+            found = documents.generate(asked.queries[0], documents.add(asked.documents), 8)
+            right += found.text == asked.answers[0]
+        assert documents.store.pool.coded.any() and right >= 7
+        assert documents.store.bytes() < 0.75 * Documents(pages=120).open(lm).store.bytes()
         documents.store.check()
 
 
@@ -192,6 +251,10 @@ class TestRefusals:
         [
             (lambda d: d.generate([], TEXTS), "a text is empty"),
             (lambda d: d.add([[]]), "a text is empty"),
+            (lambda d: d.add("a document"), "documents come in a list"),
+            (lambda d: d.generate(QUERY, d.add(TEXTS[:1])[0]), "documents come in a list"),
+            (lambda d: d.add([3]), "a text is a str or a sequence of token ids, not 3"),
+            (lambda d: d.generate([1.5]), r"sequence of token ids, not \[1.5\]"),
             (lambda d: d.generate([61]), "61 embeddings do not cover"),
             (lambda d: d.generate("what?"), "a text needs a tokenizer"),
             (lambda d: d.add([[1] * 5000]), "exceed the 4096 that this model was made for"),
@@ -247,6 +310,22 @@ class TestSessions:
         assert sum(answer.recomputed_tokens for answer in answers) > 0
         assert sum(answer.reused_tokens for answer in answers) > 0
         cache.store.check()
+
+    def test_a_conversation_begins_as_the_tokenizer_says_and_a_document_does_not(self):
+        class Beginning:
+            def __call__(self, text, add_special_tokens):
+                return {"input_ids": [1] * add_special_tokens + [ord(letter) - 90 for letter in text]}
+
+            def decode(self, ids, skip_special_tokens):
+                return ""
+
+        model, letters = tiny_model(NAME), [7, 8, 9]
+        cache, documents = (
+            kind(model, Beginning(), pages=9, page=PAGE) for kind in (SegmentCache, DocumentStore)
+        )
+        assert cache.generate("abc", 6).token_ids == plain([1, *letters], 6)
+        assert documents.generate("abc", max_new_tokens=6).token_ids == plain(letters, 6)
+        assert cache.request("abc").tokens != documents.request("abc").tokens
 
     def test_a_conversation_in_text_and_in_messages(self):
         lm = rag()

@@ -209,10 +209,11 @@ class TestTrouble:
         settled(lm)
 
     def test_too_few_pages_of_16_bits_are_said_and_nothing_stays_behind(self):
-        lm = engine(pages=20, codec=CODEC, open_pages=3)
-        with pytest.raises(StropError, match="6 more pages are to be written and 3 of 16 bits are free"):
+        lm = engine(pages=20, codec=CODEC, open_pages=2)
+        with pytest.raises(StropError, match=r"keeps 2 pages in 16 bits, .* and the store has 2 of them"):
             lm.finish([Request(text(45, 1), 3)])
         settled(lm)
+        lm.finish([Request(text(5, 1), 3)])
 
     @pytest.mark.parametrize(
         ("request_of", "words"),
@@ -229,6 +230,16 @@ class TestTrouble:
         lm = engine(pages=10)
         with pytest.raises(StropError, match=words):
             lm.submit(request_of(lm))
+        settled(lm)
+
+    def test_a_request_runs_once(self):
+        lm, request = engine(pages=10), Request([1, 2], 3)
+        lm.submit(request)
+        for step in (lambda: None, lm.step, lm.run):
+            step()
+            with pytest.raises(StropError, match="runs once"):
+                lm.submit(request)
+        assert len(request.output) == 3
         settled(lm)
 
     def test_a_store_is_of_one_model(self):
@@ -263,6 +274,25 @@ class TestWorkload:
         for request, chosen in requests:
             wanted = behind(chosen, tuple(request.prompt), request.max_new_tokens)
             assert request.output == wanted
+        settled(lm)
+
+    @pytest.mark.parametrize("open_pages", [6, 10, 30])
+    def test_open_pages_that_are_few_make_requests_wait_and_chunks_short(self, open_pages):
+        """Two of a document of 13 tokens, one of one of 16, two of a request's own: one request takes 5."""
+        lm = engine(pages=60, codec=CODEC, open_pages=open_pages)
+        documents = [document(lm, text(length, length)) for length in (13, 16)]
+        requests = [Request(text(50 + seed, seed), 20, documents) for seed in range(5)]
+        for request in requests:
+            lm.submit(request)
+        together = 0
+        while lm.running or lm.waiting:
+            lm.step()
+            lm.store.check()
+            together = max(together, len(lm.running))
+        assert [len(request.output) for request in requests] == [20] * 5
+        assert together == {6: 1, 10: 1, 30: 5}[open_pages]
+        assert all(sum(step) <= PAGE * open_pages for step in lm.clock.steps)
+        assert not any(request.preemptions for request in requests)
         settled(lm)
 
     def test_packed_pages_serve_as_well_and_are_packed_once(self):

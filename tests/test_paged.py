@@ -84,13 +84,13 @@ class TestDocuments:
 class Recompute:
     """A text in a store that lost some of its blocks, beside another request that decodes."""
 
-    def __init__(self, name: str, seed: int) -> None:
+    def __init__(self, name: str, seed: int, function=None) -> None:
         self.random = random.Random(seed)
         self.name, self.evictor = name, Chosen()
         self.tokens = text(self.random.randint(20, 150), seed)
         self.other = text(self.random.randint(5, 40), seed + 1)
         self.full = (len(self.tokens) - 1) // 8
-        self.lm = paged(name, pages=self.full + 12, page=8, evictor=self.evictor)
+        self.lm = paged(name, pages=self.full + 12, page=8, evictor=self.evictor, function=function)
         self.store = self.lm.store
         self.blocks = self.store.blocks(self.tokens)[: self.full]
         self.pages = self.prefill(self.blocks)
@@ -170,6 +170,14 @@ class TestPieces:
             for tensor, dense in zip(pool.keys + pool.values, both, strict=True):
                 rebuilt = tensor[case.pages].transpose(1, 2).flatten(0, 1)[: len(case.tokens)]
                 same(rebuilt, dense, dense)
+            case.store.check()
+
+    def test_flex_attention_fills_them_as_well(self):
+        for pattern in range(3):
+            case = Recompute("qwen3", pattern, by_flex)
+            logits, _ = whole("qwen3", case.tokens)
+            for place, row in case.rebuild(case.lose()):
+                same(row, logits[place], logits)
             case.store.check()
 
 

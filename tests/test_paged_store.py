@@ -213,7 +213,8 @@ class TestRefusals:
         [
             ({"page": 12}, "choose one of"),
             ({"page": 16, "codec": CODEC, "open_pages": 4}, "packs 8 tokens a tile and a page holds 16"),
-            ({"page": 8, "codec": CODEC}, "open_pages from 1"),
+            ({"page": 8, "codec": CODEC, "open_pages": 0}, "open_pages from 1"),
+            ({"page": 8, "codec": CODEC, "open_pages": 9}, "open_pages from 1 to 8, not 9"),
             ({"page": 8, "pages": 0}, "holds nothing"),
         ],
     )

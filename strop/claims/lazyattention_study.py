@@ -11,14 +11,15 @@ from torch import Tensor
 from strop.claims.base import Part, Progress, Row, part
 from strop.claims.reuse_bed import BASE, BLOCK, CODER, DENSE, REPAIRED, Bed, Scale, drawn, questions
 from strop.claims.reuse_hits import WAYS, foreseen, replayed, requests, static
-from strop.claims.reuse_ways import PAGE, Copied, Flat, Forgetful, Lazy, Unturned, cpu_seconds
+from strop.claims.reuse_ways import PAGE, Copied, Flat, Forgetful, Lazy, Turned, Unturned, cpu_seconds
 from strop.kv.paged import PagedModel, Share
 from strop.kv.requests import Request
 from strop.kv.texts import Texts
 
 RECOMPUTE, CACHED, COPY, LAZY = "full recomputation", "prefix caching", "turned copies", "lazy"
+IN_PLACE = "turned in place"
 IN_SEQUENCE, NO_FIX, REPAIR = "in sequence", "no position fix", f"lazy, {REPAIRED} repaired"
-SYSTEMS = {RECOMPUTE: Forgetful, CACHED: Flat, COPY: Copied, LAZY: Lazy}
+SYSTEMS = {RECOMPUTE: Forgetful, CACHED: Flat, COPY: Copied, IN_PLACE: Turned, LAZY: Lazy}
 ASKED = (BLOCK, DENSE, BASE)
 """Models that answer."""
 ROOM = 1024
@@ -117,6 +118,7 @@ def first_study(bed: Bed, progress: Progress, scale: Scale, skew: float, pages: 
             for name, system in systems.items():
                 ran[name].append(system.first(query, documents))
         require_same(ran, COPY, LAZY)
+        require_same(ran, IN_PLACE, LAZY)
         require_same(ran, RECOMPUTE, CACHED)
         for name, done in ran.items():
             counted = done[scale.requests // 4 :]

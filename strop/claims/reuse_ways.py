@@ -1,13 +1,15 @@
 """Ways to read documents: lazily, and what stands for other systems.
 
-Those are the flat prompt with or without caching, documents whose keys are turned and written again for each
-place, and documents whose keys are taken as they are. All run on the same engine over pages, so that what
-differs is what they keep and compute.
+Those are the flat prompt with or without caching, documents whose keys are turned and written for each place,
+over the old ones or beside them, and documents whose keys are taken as they are. All run on the same engine,
+so that what differs is what they keep and compute.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from strop.core.attention import Partial
-from strop.core.rope import Rope
+from strop.core.rope import Rope, turned
 from strop.kernels.paged import Plan, kernel
 from strop.kv.documents import DocumentStore
 from strop.kv.paged import PagedModel
@@ -52,6 +54,71 @@ def unturned(query: Tensor, keys: Tensor, values: Tensor, plan: Plan, *rest: Any
     )
     still = replace(plan, spans=spans, turns=plan.turns * 0)
     return kernel(query.device.type)(query, keys, values, still, *rest)
+
+
+class Turned(Unturned):
+    """Block-Attention's re-rotation in place, as its port does where no other request reads the document.
+
+    One copy of each document, wherever it was read last. What is missing is computed at place 0, in one pass,
+    for which the rest is turned back.
+    """
+
+    def __init__(self, *given: Any, **fields: Any) -> None:
+        super().__init__(*given, **fields)
+        self.rope = Rope.of(self.texts.model)
+        self.places: dict[tuple[int, ...], int] = {}
+        """Where a document stands now."""
+
+    def first(self, query: Text, documents: Sequence[Text]) -> Request:
+        """A request that ran to its first token, the turning done before and that time added."""
+        named, tokens = [self.document(text) for text in documents], self.texts.encode(query)
+        start, ends = self.engine.clock(), accumulate(len(document.tokens) for document in named)
+        with self._holding(named):
+            lost = [one for one in named if not all(map(self.store.sealed, one.blocks))]
+            self._turn(lost, [0] * len(lost))
+        fills = [Request((), 0, [document]) for document in lost]
+        self.engine.finish(fills)
+        with self._holding(named):
+            self._turn(named, [end - len(one.tokens) for one, end in zip(named, ends, strict=True)])
+        spent = self.engine.clock() - start
+        request = Request(tokens, 1, named, ends=self.texts.ends)
+        self.engine.finish([request])
+        if request.computed_document_tokens:
+            raise RuntimeError("control failed: a document was lost before it was read")
+        request.arrived -= spent
+        request.computed_tokens += sum(fill.computed_tokens for fill in fills)
+        return request
+
+    @contextmanager
+    def _holding(self, documents: Sequence[Document]) -> Iterator[None]:
+        """Documents that are held, and are the last to give way after that."""
+        if any(self.store.acquire(one.blocks, 0, self.engine.clock()) is None for one in documents):
+            raise RuntimeError("control failed: no room for the documents of a request")
+        yield
+        for document in documents:
+            self.store.release(document.blocks, [], self.engine.clock())
+
+    def _turn(self, documents: Sequence[Document], places: Sequence[int]) -> None:
+        """Turn what is there of documents to their places, all in one go."""
+        store, blocks, shifts, valid = self.store, list[int](), list[int](), list[int]()
+        for document, place in zip(documents, places, strict=True):
+            shift, count = place - self.places.get(document.tokens, 0), len(document.tokens)
+            self.places[document.tokens] = place
+            for number, block in enumerate(document.blocks):
+                if shift and store.sealed(block):
+                    blocks.append(block)
+                    shifts.append(shift)
+                    valid.append(min(store.page, count - number * store.page))
+        if not blocks:
+            return
+        rows, device = (
+            torch.from_numpy(np.concatenate([*map(store.unseal, blocks)])),
+            store.pool.keys[0].device,
+        )
+        angles = [x[:, None, None] for x in self.rope.angles(torch.tensor(shifts, device=device))]
+        for keys in store.pool.keys:
+            keys[rows] = turned(keys[rows], *angles, self.rope.partner)
+        store.seal(blocks, 0, valid)
 
 
 class Copied(Unturned):

@@ -25,11 +25,11 @@ def attend(
     def capped(score: Tensor, batch: Tensor, head: Tensor, row: Tensor, slot: Tensor) -> Tensor:
         return limit * torch.tanh(score / limit)
 
-    counts = slots(plan)[1].flatten()[:, None]
+    reached = _reached(plan)[:, None]
     pages, turns = plan.pages.flatten().long(), plan.turns.flatten().long()
     angles = (angle[turns][:, None, None] for angle in (plan.cos, plan.sin))
     key = turned(keys[pages], *angles, plan.rope.partner)
-    key, value = (_in_a_row(x).where(counts, 0.0) for x in (key, values[pages]))
+    key, value = (_in_a_row(x).where(reached, 0.0) for x in (key, values[pages]))
     out, aux = _flex(query.device.type)(
         query.transpose(0, 1)[None],
         key,
@@ -41,6 +41,13 @@ def attend(
         return_aux=AuxRequest(lse=True),
     )
     return Partial(out[0].transpose(0, 1).float(), aux.lse[0].T.clamp(min=LOWEST))
+
+
+def _reached(plan: Plan) -> Tensor:
+    """Which of all slots some row sees `[R * E * page]`: those behind may not have been written yet."""
+    positions, counts = slots(plan)
+    newest = plan.positions[[span.first + span.count - 1 for span in plan.spans]]
+    return (counts & (positions <= newest[:, None])).flatten()
 
 
 @lru_cache(maxsize=1)

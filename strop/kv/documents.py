@@ -18,6 +18,7 @@ from strop.kv.engine import Engine
 from strop.kv.pages import PagedStore
 from strop.kv.requests import Answer, Document, Request
 from strop.kv.texts import Text, Texts
+from strop.kv.tile_store import TileCodec
 
 
 class DocumentStore:
@@ -31,6 +32,8 @@ class DocumentStore:
         pages: int | None = None,
         page: int = 16,
         repair: int = 0,
+        codec: TileCodec | None = None,
+        open_pages: int | None = None,
         chunks: BatchPolicy | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -38,10 +41,12 @@ class DocumentStore:
 
         None holds four contexts of the model, 32,768 tokens at most.
         `repair` tokens, whole pages, are computed again at the beginning of every document but the first.
+        A `codec` packs pages, of which `open_pages` stay in 16 bits: see `PagedStore`.
         Raises StropError for a model whose keys cannot be moved, and for sizes that do not fit.
         """
         self.texts = Texts.of(model, tokenizer)
-        self.store = PagedStore(self.texts.model, self.texts.pages(pages, page), page)
+        pages = self.texts.pages(pages, page)
+        self.store = PagedStore(self.texts.model, pages, page, codec=codec, open_pages=open_pages)
         if repair < 0 or repair % page:
             raise StropError(
                 f"a repair of {repair} tokens cuts a page: give a multiple of the page's {page} tokens"
@@ -54,7 +59,7 @@ class DocumentStore:
 
         Raises StropError for a document beyond the model's context or larger than the store.
         """
-        found = [self.document(text) for text in documents]
+        found = [self.document(text) for text in _several(documents)]
         self.engine.finish([Request((), 0, [document]) for document in found])
         return found
 
@@ -75,7 +80,7 @@ class DocumentStore:
         return Request(
             self.texts.encode(query),
             max_new_tokens,
-            [self._known(document) for document in documents],
+            [self._known(document) for document in _several(documents)],
             ends=self.texts.ends,
             sampler=None if seed is None else KeyedSampler(seed, [0], [0], temperature),
             repair=self.repair,
@@ -107,3 +112,10 @@ class DocumentStore:
                 "a document was added to the store of another model or page size: add it to this one"
             )
         return document
+
+
+def _several(documents: Sequence[Any]) -> Sequence[Any]:
+    """The documents. Raises StropError for one alone, whose letters would be taken for documents."""
+    if isinstance(documents, str | Document):
+        raise StropError("documents come in a list: put the one that there is into a list too")
+    return documents

@@ -4,7 +4,8 @@ A request is admitted when there are pages for all its blocks. Its prompt is com
 that cross holes: what is cached, or is computed for another request in the same step, is skipped wherever it
 stands (AsymCache, arXiv 2606.02964, 4 and 5.1). A page is sealed as soon as it is written, so what remains to
 be done is always the store's to say. When pages run out the youngest request gives its own back, keeps what
-it wrote, and waits at the head of the queue; its named pages stay cached.
+it wrote, and waits at the head of the queue; its named pages stay cached. Where a codec packs pages, a
+request is admitted with as many open ones as it keeps in 16 bits, and chunks take what is left.
 
 Left out: priorities, swapping to the host, several prompts' chunks in fair shares: the oldest goes first.
 """
@@ -12,7 +13,6 @@ Left out: priorities, swapping to the host, several prompts' chunks in fair shar
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import count, groupby
 
 import torch
 from torch import Tensor
@@ -20,70 +20,10 @@ from transformers import PreTrainedModel
 
 from strop.core.chunks import BatchPolicy, Fixed
 from strop.core.errors import StropError
-from strop.kv.paged import PagedModel, Segment, Share
+from strop.kv.batch import Batch, held_by
+from strop.kv.paged import PagedModel
 from strop.kv.pages import PagedStore
-from strop.kv.requests import Document, Held, Piece, Request
-
-
-class Batch:
-    """One step as it is put together."""
-
-    def __init__(self, store: PagedStore, most: int) -> None:
-        """Of prompts at most so many tokens are taken, but always a page."""
-        self.store, self.most, self.left = store, most, most
-        self.shares: list[Share] = []
-        self.rows: list[Request] = []
-        """Whose next token each row of logits is."""
-        self.pieces: list[Piece] = []
-        """Blocks that the step writes, neighbours of a chain side by side."""
-        self._written: set[int] = set()
-
-    def decode(self, request: Request) -> None:
-        """Take a request's newest token."""
-        position = request.start + len(request.tokens) - 1
-        segments = _held(request).segments(request, self.store.page)
-        self.shares.append(Share(request.tokens[-1:], [position], segments))
-        self.rows.append(request)
-
-    def prefill(self, request: Request) -> list[Piece]:
-        """Take what fits of a request's documents and prompt, in order; returns it."""
-        todo, taken = _held(request).todo, []
-        while todo:
-            piece = todo[0]
-            if piece.block is not None and (piece.block in self._written or self.store.sealed(piece.block)):
-                request.reused_tokens += 0 if request.output else len(piece.tokens)
-            elif len(piece.tokens) <= self.left or self.left == self.most:
-                self.left -= len(piece.tokens)
-                taken.append(piece)
-                if piece.block is not None:
-                    self._written.add(piece.block)
-                    self.pieces.append(piece)
-            else:
-                break
-            todo.popleft()
-        for document, pieces in groupby(taken, key=lambda piece: piece.document):
-            self._share(request, document, list(pieces))
-        return taken
-
-    def seal(self) -> None:
-        """All blocks of the step are written."""
-        place = count()
-        chains = groupby(self.pieces, key=lambda piece: (piece.document, piece.number - next(place)))
-        for pieces in [list(chain) for _, chain in chains]:
-            blocks = [piece.block for piece in pieces if piece.block is not None]
-            self.store.seal(blocks, pieces[0].number, [len(piece.tokens) for piece in pieces])
-
-    def _share(self, request: Request, document: Document | None, pieces: list[Piece]) -> None:
-        held = _held(request)
-        tokens = [token for piece in pieces for token in piece.tokens]
-        positions = [piece.position + slot for piece in pieces for slot in range(len(piece.tokens))]
-        if document is not None:
-            segments = [Segment(held.documents[document.blocks], 0, len(document.tokens))]
-            self.shares.append(Share(tokens, positions, segments, outputs=()))
-            return
-        outputs = () if held.todo else (-1,)
-        self.shares.append(Share(tokens, positions, held.segments(request, self.store.page), outputs))
-        self.rows += [request] if outputs else []
+from strop.kv.requests import Held, Request
 
 
 class Engine:
@@ -110,7 +50,9 @@ class Engine:
         """Blocks that were computed at any time; kept, as a number each."""
 
     def submit(self, request: Request) -> None:
-        """Queue a request. Raises StropError for one that could not be served even alone."""
+        """Queue a request. Raises StropError for one that was here before or does not fit even alone."""
+        if request.ended is not None or request in self.running or request in self.waiting:
+            raise StropError("a request runs once: make another of the same prompt")
         self._require_servable(request)
         request.arrived = self.clock()
         self.waiting.append(request)
@@ -188,9 +130,10 @@ class Engine:
     def _has_room(self, request: Request, chains: Sequence[Sequence[int]]) -> bool:
         blocks = {block for chain in chains for block in chain}
         for other in self.running:
-            blocks -= _held(other).named()
+            blocks -= held_by(other).named()
         anonymous = request.own_pages(len(request.tokens), self.store.page) - len(chains[-1])
-        return len(blocks) + anonymous <= self.store.residency.free
+        open_pages = sum(one.open_pages(self.store) for one in (request, *self.running))
+        return len(blocks) + anonymous <= self.store.residency.free and open_pages < self.store.open_pages
 
     def _damaged(self, chains: Sequence[Sequence[int]]) -> bool:
         """Check the bytes of a request's pages; whether requests that run were reading damaged ones.
@@ -201,14 +144,14 @@ class Engine:
         for chain in chains:
             self.store.match(chain)
         lost = {block for block in before if not self.store.sealed(block)}
-        readers = [other for other in self.running if lost & _held(other).named()]
+        readers = [other for other in self.running if lost & held_by(other).named()]
         for other in reversed(readers):
             self._preempt(other)
         return bool(readers)
 
     def _batch(self) -> Batch:
         """All decodes, and then prompts, the oldest first."""
-        writing = [request for request in self.running if not _held(request).todo and request.tokens]
+        writing = [request for request in self.running if not held_by(request).todo and request.tokens]
         batch = Batch(self.store, self.chunks.chunk(len(writing)))
         for request in writing:
             batch.decode(request)
@@ -228,12 +171,12 @@ class Engine:
         tokens = _next(batch.rows, logits)
         now = self.clock()
         for request, token in zip(batch.rows, tokens, strict=True):
-            _held(request).name_full_pages(request, self.store, now)
-            self._known.update(_held(request).blocks[-1:])
+            held_by(request).name_full_pages(request, self.store, now)
+            self._known.update(held_by(request).blocks[-1:])
             request.tokens.append(token)
             request.first = now if request.first is None else request.first
         for request in tuple(self.running):
-            held = _held(request)
+            held = held_by(request)
             if request.over and not held.todo:
                 self.running.remove(request)
                 held.release(self.store, now)
@@ -242,7 +185,7 @@ class Engine:
     def _preempt(self, request: Request) -> None:
         """A request gives its pages back and waits at the head, with what it wrote."""
         self.running.remove(request)
-        _held(request).release(self.store, self.clock())
+        held_by(request).release(self.store, self.clock())
         request.held = None
         request.preemptions += 1
         self.waiting.appendleft(request)
@@ -266,11 +209,11 @@ class Engine:
                 f"this request needs {need} pages of {self.store.page} tokens and the store has "
                 f"{self.store.pages}: make a store of more pages"
             )
-
-
-def _held(request: Request) -> Held:
-    assert request.held is not None, "a request that runs holds pages"
-    return request.held
+        if (need := request.open_pages(self.store)) >= self.store.open_pages:
+            raise StropError(
+                f"this request keeps {need} pages in 16 bits, beside one that is computed, and the store has "
+                f"{self.store.open_pages} of them: give it more open_pages"
+            )
 
 
 def _next(requests: Sequence[Request], logits: Tensor) -> list[int]:

@@ -6,8 +6,8 @@ request's blocks, each tested so that misses become runs to compute (AsymCache, 
 documents, named alone and without position (LazyAttention, arXiv 2606.04302). A page is served once it is
 sealed: written, summed, and, where there is a codec, packed.
 
-With a codec the store has fewer 16-bit pages than pages: blocks being written, the first of each chain
-(attention sinks) and short last ones lie there; all others are records of a codec's tile.
+With a codec the store has fewer open pages, of the model's own 16 bits, than pages: blocks being written, the
+first of each chain (attention sinks) and short last ones lie there; all others are records of a codec's tile.
 """
 
 from collections import Counter
@@ -59,15 +59,16 @@ class PagedStore:
         page: int = 16,
         evictor: Evictor | None = None,
         codec: TileCodec | None = None,
-        open_pages: int = 0,
+        open_pages: int | None = None,
     ) -> None:
         """Pages of `page` tokens for `model`, in its dtype and on its device; LRU without an `evictor`.
 
-        With a `codec`, whose tile must be a page, `open_pages` of them may be in 16 bits at a time. Raises
-        StropError when the model does not keep keys and values of all tokens in all layers, and for sizes
-        that do not fit.
+        With a `codec`, whose tile must be a page, `open_pages` of them may be in 16 bits at a time, a quarter
+        where nothing is said. Raises StropError when the model does not keep keys and values of all tokens in
+        all layers, and for sizes that do not fit.
         """
         config = model.config.get_text_config(decoder=True)
+        open_pages = -(-pages // 4) if open_pages is None else open_pages
         _require_sizes(page, codec, open_pages, pages)
         shape = KVShape.of(config, model.dtype.itemsize)
         if shape.layers != config.num_hidden_layers or getattr(config, "kv_lora_rank", None) is not None:
@@ -82,6 +83,8 @@ class PagedStore:
         evictor = LRU() if evictor is None else evictor
         self.residency = KVStore(pages, evictor, index=self)  # type: ignore[arg-type]
         self.pool = PagePool(shape, model.dtype, model.device, pages, page, codec, open_pages)
+        self.open_pages = open_pages if codec else pages
+        """Of them at most so many are in 16 bits at a time."""
         self._page: dict[int, int] = {}
         """By block."""
         self._free = list(range(pages))
@@ -195,6 +198,17 @@ class PagedStore:
         self.pool.open(pages)
         return self.pool.row[pages]
 
+    def closed(self, page: int) -> bool:
+        """Whether a page must be opened before it is written."""
+        return bool(self.pool.row[page] < 0)
+
+    def writable(self) -> int:
+        """How many more pages `open` could open, had all cached blocks to give way."""
+        if self.pool.codec is None:
+            return self.pages
+        cached = [page for block, page in self._page.items() if block not in self._holders]
+        return self.pool.open_rows + sum(not self.closed(page) for page in cached)
+
     def seal(self, blocks: Sequence[int], start: int, valid: Sequence[int]) -> None:
         """Blocks of a chain from place `start` on are written, so many slots of each: serve them from now on.
 
@@ -209,6 +223,14 @@ class PagedStore:
         counts = [count for _, count in fresh.values()]
         sums = self.pool.sums(list(fresh), counts)
         self._seals |= dict(zip(fresh, map(Seal, counts, sums), strict=True))
+
+    def unseal(self, block: int) -> np.ndarray:
+        """The row `[1]` of a block that its only holder writes again, before it seals it."""
+        if self._holders[block] != 1 or not self.sealed(block) or self.pool.codec is not None:
+            raise ValueError("a block is written again in 16 bits alone, and by its only holder")
+        page = self._page[block]
+        self._void(page)
+        return self.pool.row[[page]]
 
     # What the residency tells of named blocks.
 

@@ -141,6 +141,19 @@ class Request:
         """Pages of its own with so many tokens of its own, those of repaired documents included."""
         return pages_of(tokens, page) + sum(pages_of(place.repaired, page) for place in self.places())
 
+    def open_pages(self, store: PagedStore) -> int:
+        """Pages that it keeps open at most where a codec packs the others; 0 without one.
+
+        The first page of each chain stays in 16 bits, and so do short ones and those without a name.
+        """
+        if store.pool.codec is None:
+            return 0
+        lengths = {document.blocks: len(document.tokens) for document in self.documents}
+        documents = sum(1 + (length > store.page and length % store.page > 0) for length in lengths.values())
+        repaired = sum(pages_of(place.repaired, store.page) for place in self.places())
+        own = min(pages_of(len(self.prompt) + self.max_new_tokens, store.page), 2)
+        return documents + repaired + own
+
     def chains(self, store: PagedStore) -> list[Sequence[int]]:
         """The chains of blocks that it holds: one for each document, its own last."""
         return [*{d.blocks: None for d in self.documents}, self.blocks(store)]

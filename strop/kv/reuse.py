@@ -8,12 +8,15 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from strop.core.bits import BYTE_WIDTHS
 from strop.core.errors import StropError
 from strop.core.evict import EVICTORS
 from strop.core.method import Method
 from strop.kv.documents import DocumentStore
+from strop.kv.kvarn import KVarN
 from strop.kv.pages import PAGES
 from strop.kv.segments import SegmentCache
+from strop.kv.tile_store import TileCodec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +28,12 @@ class ReuseMethod(Method, ABC):
     page: int = 16
     """Tokens of a page."""
     pages: int = 256
+    bits: int = 16
+    """Of a number in a full page behind the first of its text; fewer are KVarN's (arXiv 2606.03458)."""
 
     def __post_init__(self) -> None:
+        if self.bits not in (*BYTE_WIDTHS, 16):
+            raise ValueError(f"bits must be one of {', '.join(map(str, BYTE_WIDTHS))} or 16, got {self.bits}")
         if self.page not in PAGES:
             raise ValueError(f"page must be one of {', '.join(map(str, PAGES))}, got {self.page}")
         if self.pages < 1:
@@ -42,6 +49,10 @@ class ReuseMethod(Method, ABC):
     def settings(self) -> str:
         """The number of pages, then every other changed field."""
         return self.spell(f"{self.pages} pages", "pages")
+
+    def codec(self) -> TileCodec | None:
+        """What packs a page; None where nothing does."""
+        return None if self.bits == 16 else KVarN(bits=self.bits, group=self.page, tail=self.page).codec()
 
     @abstractmethod
     def open(self, model: Any) -> DocumentStore | SegmentCache:
@@ -65,7 +76,7 @@ class Documents(ReuseMethod):
             raise ValueError(f"repair must be a multiple of page, got {self.repair}")
 
     def open(self, model: Any) -> DocumentStore:
-        return DocumentStore(model, pages=self.pages, page=self.page, repair=self.repair)
+        return DocumentStore(model, pages=self.pages, page=self.page, repair=self.repair, codec=self.codec())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +84,6 @@ class Segments(ReuseMethod):
     """Sessions use what is left of their blocks, wherever holes are (arXiv 2606.02964)."""
 
     kind: ClassVar[str] = "strop.kv.SegmentCache"
-    lossless: ClassVar[bool] = True
     evictor: str = "asymcache"
     """Which block goes first, by its name in `strop.core.evict`."""
 
@@ -83,5 +93,9 @@ class Segments(ReuseMethod):
         if self.evictor not in known:
             raise ValueError(f"evictor must be one of {', '.join(known)}, got {self.evictor}")
 
+    @property
+    def lossless(self) -> bool:  # type: ignore[override]
+        return self.bits == 16
+
     def open(self, model: Any) -> SegmentCache:
-        return SegmentCache(model, pages=self.pages, page=self.page, evictor=self.evictor)
+        return SegmentCache(model, pages=self.pages, page=self.page, evictor=self.evictor, codec=self.codec())

@@ -21,6 +21,7 @@ from strop.kv.engine import Engine
 from strop.kv.pages import PagedStore
 from strop.kv.requests import Answer, Request
 from strop.kv.texts import Text, Texts
+from strop.kv.tile_store import TileCodec
 
 LIFESPAN_S = 60.0
 """Seconds within which a turn is likely followed by the next one, where nothing else is said."""
@@ -41,6 +42,8 @@ class SegmentCache:
         evictor: str = "asymcache",
         cost: RecomputeCost | None = None,
         reuse: Reuse | None = None,
+        codec: TileCodec | None = None,
+        open_pages: int | None = None,
         chunks: BatchPolicy | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -48,8 +51,9 @@ class SegmentCache:
 
         None holds four contexts of the model, 32,768 tokens at most.
         `evictor` is a name of `strop.core.evict`, which hears what computing a block again costs (by default
-        in operations of this model) and how likely a block is used again. Raises StropError for an evictor
-        that there is not, a model whose keys cannot be moved, and sizes that do not fit.
+        in operations of this model) and how likely a block is used again. A `codec` packs pages, of which
+        `open_pages` stay in 16 bits: see `PagedStore`. Raises StropError for an evictor that there is not, a
+        model whose keys cannot be moved, and sizes that do not fit.
         """
         self.texts = Texts.of(model, tokenizer)
         if evictor not in EVICTORS:
@@ -57,7 +61,7 @@ class SegmentCache:
         pages = self.texts.pages(pages, page)
         cost = operations(self.texts.model, page) if cost is None else cost
         around = Surroundings(pages, cost, Reuse(LIFESPAN_S) if reuse is None else reuse)
-        self.store = PagedStore(self.texts.model, pages, page, EVICTORS[evictor](around))
+        self.store = PagedStore(self.texts.model, pages, page, EVICTORS[evictor](around), codec, open_pages)
         self.engine = Engine(self.texts.model, self.store, chunks, clock)
 
     def generate(
@@ -79,7 +83,7 @@ class SegmentCache:
         """What `generate` does as a request for `engine`, to be run beside others."""
         chat = not isinstance(turn, str) and len(turn) > 0 and isinstance(turn[0], dict)
         return Request(
-            self.texts.chat(turn) if chat else self.texts.encode(turn),
+            self.texts.chat(turn) if chat else self.texts.encode(turn, special=True),
             max_new_tokens,
             ends=self.texts.ends,
             sampler=None if seed is None else KeyedSampler(seed, [0], [0], temperature),

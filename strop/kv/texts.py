@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from strop.core.errors import StropError
+from strop.core.errors import StropError, quoted
 
 Text = str | Sequence[int]
 """Text, or its token ids."""
@@ -54,12 +55,15 @@ class Texts:
         tokens = min(CONTEXTS * getattr(config, "max_position_embeddings", MOST), MOST)
         return max(tokens // max(page, 1), 1)
 
-    def encode(self, text: Text) -> list[int]:
-        """Token ids of a text. Raises StropError for none, and for ids that the model does not know."""
+    def encode(self, text: Text, special: bool = False) -> list[int]:
+        """Token ids of a text, where `special` with those that the tokenizer puts around it.
+
+        Raises StropError for none, for what is no text, and for ids that the model does not know.
+        """
         if isinstance(text, str):
-            ids = self._tokenizer()(text, add_special_tokens=False)["input_ids"]
+            ids = self._tokenizer()(text, add_special_tokens=special)["input_ids"]
         else:
-            ids = list(text)
+            ids = _integers(text)
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         if not ids:
             raise StropError("a text is empty: give every query and document at least one token")
@@ -88,3 +92,10 @@ class Texts:
         if self.tokenizer is None:
             raise StropError("a text needs a tokenizer: give one beside the model, or give token ids")
         return self.tokenizer
+
+
+def _integers(ids: Sequence[int]) -> list[int]:
+    try:
+        return [index(token) for token in ids]
+    except TypeError:
+        raise StropError(f"a text is a str or a sequence of token ids, not {quoted(ids)}") from None
