@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from pruning import UNITS, A, B, C, Net, Scripted
+from torch import nn
 
 from strop.core.errors import StropError
 from strop.core.nodes import construct
@@ -64,6 +65,15 @@ def test_units_are_traced_where_none_are_given():
     assert plan.counts == method.plan_units(UNITS, NET, Scripted({A: 0.02, B: 0.05, C: 0.5})).counts
     thin = method.apply(NET, Scripted({A: 0.02, B: 0.05, C: 0.5}))
     assert same(thin, plan.apply(NET)) and same(thin, plan.apply(NET, UNITS))
+
+
+def test_a_plan_is_applied_to_a_model_that_says_nothing_of_its_input():
+    bare = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    example = {"input": torch.ones(2, 3)}
+    plan = Uniform(rate=0.5, where="all").plan(bare, example=example)
+    assert plan.apply(bare, example=example)[2].out_features == 3
+    with pytest.raises(StropError, match="pass example="):
+        plan.apply(bare)
 
 
 def test_cut_at_once_equals_cut_unit_by_unit():

@@ -201,7 +201,7 @@ def test_planning_changes_nothing_and_comes_out_the_same_again(method):
 
 
 @pytest.mark.parametrize("method", PLANNERS, ids=NAMES)
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1, 97.0])
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -0.1, 97.0, None, "high", torch.ones(2)])
 def test_an_accuracy_that_is_none_is_refused(method, wrong):
     with pytest.raises(StropError, match="accuracy from 0 to 1"):
         planned(method, change=lambda accuracy: accuracy if accuracy == 0.9 else wrong)
@@ -213,9 +213,10 @@ def test_without_evaluate_planners_say_what_is_missing(method):
         method.plan_units(UNITS, NET)
 
 
-def test_a_dense_model_that_knows_nothing_is_refused_by_primesvt():
+@pytest.mark.parametrize("method", PLANNERS, ids=NAMES)
+def test_a_dense_model_that_knows_nothing_is_refused(method):
     with pytest.raises(StropError, match="right on nothing"):
-        planned(PrimeSVT(), {}, dense=0.0)
+        planned(method, {}, dense=0.0)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from prune_models import MODELS, Loop, language, made, traced
+from prune_models import MODELS, Fused, Loop, language, made, traced
 from pruning import STREAM, WIDTHS, Net, branch, joint
 from torch import nn
 
@@ -165,6 +165,34 @@ def test_a_model_that_says_nothing_of_its_input_needs_an_example():
     assert [(unit.name, unit.width, unit.first) for unit in units.units] == [("0", 8, True)]
     with pytest.raises(StropError, match="the model does not run on the example"):
         trace(model, {"input": torch.ones(1, 4)})
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-7])
+def test_what_cannot_be_cut_shows_however_small_the_outputs_are(scale):
+    class Scaled(Fused):
+        def forward(self, x):
+            return super().forward(x) * scale
+
+    torch.manual_seed(0)
+    units = trace(Scaled().eval())
+    assert units.units == () and "the cut changes outputs by" in dict(units.frozen)["qkv.1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["fused", "llama", "tied", "sdt"])
+def test_short_numbers_change_no_unit(name, dtype):
+    model = made(name, dtype)
+    expected = traced(name)[1]
+    for units in (trace(model), trace(model, example_of(model))):
+        assert units.units == expected.units
+        assert [place for place, _ in units.frozen] == [place for place, _ in expected.frozen]
+    assert {tensor.dtype for tensor in model.parameters()} == {dtype}
+
+
+def test_a_model_without_parameters_has_nothing_to_find():
+    with pytest.raises(StropError, match="pass example="):
+        trace(nn.ReLU())
+    assert trace(nn.ReLU(), {"input": torch.ones(2)}).units == ()
 
 
 def test_examples_are_the_same_at_every_call():

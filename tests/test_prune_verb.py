@@ -11,22 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from browser import chromium, complaints, requests, show
+from prune_runs import laid, planned, prune, save_spiking, told_by
 from quantizing import build, save
 from safetensors.torch import load_file, save_file
-from selenium.webdriver.common.by import By
-from selenium.webdriver.support.wait import WebDriverWait
-from test_cli import ROOT, TEXT, said, save_tiny, strop_
+from test_cli import ROOT, said, strop_
 from test_prune_saved import vit
 
 from strop import load
 from strop.core.files import alone
-from strop.models import spiking_saved
-from strop.models.spiking_config import SpikingConfig
-from strop.models.spiking_vit import SpikingTransformer
-from strop.prune import PrunePlan, reestimate, saved
-from strop.prune.prune_report import write_report
+from strop.prune import PrunePlan, saved
 from strop.pruning.subjects import Images, images
 from strop.tasks.digits import Camera
 
@@ -39,60 +32,14 @@ main()
 """
 
 
-def save_spiking(folder: Path, seed: int = 0, **changes: Any) -> SpikingTransformer:
-    """A spiking transformer of seeded noise that fires, and says more than one thing."""
-    torch.manual_seed(seed)
-    shape = {"classes": 4, "heads": 4, "steps": 2, "channels": 1, "pools": "001"} | changes
-    model = SpikingTransformer(SpikingConfig.sdt(1, 16, **shape))
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.bias)
-            torch.nn.init.constant_(module.weight, 2.0)
-    model = reestimate(model.eval(), [drawn(90, model.config.channels)])
-    torch.nn.init.zeros_(model.head.bias)
-    folder.mkdir()
-    spiking_saved.save(model, folder)
-    return model
-
-
-def drawn(count: int, channels: int = 1) -> torch.Tensor:
-    """Noise that differs in brightness from image to image."""
-    draw = torch.Generator().manual_seed(1)
-    pixels = torch.randn(count, channels, 8, 8, generator=draw)
-    return pixels + 2 * torch.randn(count, 1, 1, 1, generator=draw)
-
-
-def save_images(file: Path, model: SpikingTransformer, count: int = 90) -> Path:
-    """Images that the model is right on, by what it says."""
-    pictures = drawn(count)
-    with torch.no_grad():
-        labels = model(pictures).argmax(-1)
-    save_file({"images": pictures, "labels": labels}, file)
-    return file
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    at = tmp_path_factory.mktemp("pruned")
-    save_images(at / "data.safetensors", save_spiking(at / "model"))
-    (at / "text.txt").write_text(TEXT * 3)
-    save_tiny(at / "lm")
-    return at
-
-
-def prune(place: Path, out: Path, *words: object, code: int = 0, verb: Any = strop_) -> Any:
-    given = ["--data", place / "data.safetensors", "-o", out]
-    return verb("prune", place / "model", *given, *words, code=code)
-
-
-def told_by(result: Any) -> str:
-    return " ".join(result.output.split())
+    return laid(tmp_path_factory.mktemp("pruned"))
 
 
 @pytest.fixture(scope="module")
 def done(place, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("done") / "out"
-    return out, prune(place, out, "--tolerance", "40%", "--recover", "bn,finetune", verb=said)
+    return planned(place, tmp_path_factory.mktemp("done") / "out")
 
 
 def test_the_folder_holds_the_model_that_was_measured(place, done):
@@ -124,7 +71,10 @@ def test_recovery_steps_are_reported_apart_and_kept_where_they_help(done):
 
 def test_what_is_printed_fits_and_says_the_plan(place, tmp_path):
     words = ("--method", "uniform", "--saving", "20%", "--tolerance", "90%")
-    output = told_by(prune(place, tmp_path / "out", *words))
+    result = prune(place, tmp_path / "out", *words)
+    *lines, folder = result.stdout.splitlines()
+    assert folder.startswith("Folder: ") and max(map(len, lines)) <= 80
+    output = told_by(result)
     assert "uniform saves 2" in output and "Parameters" in output and "blocks.0.mlp" in output
     assert "On data that nothing was chosen by" in output and "30 to test on" in output
     assert "the model, prune.yaml to edit, report.html" in output
@@ -145,51 +95,6 @@ def test_what_cannot_be_met_is_exit_code_1_with_a_frontier_and_no_model(place, t
     told = prune(place, tmp_path / "uniform", "--method", "uniform", "--saving", "40%", "--json",
                  "--tolerance", "0%", code=1)  # fmt: skip
     assert json.loads(told.stdout)["feasible"] is False
-
-
-def edited(plan: Path, at: Path, **kept: Any) -> Path:
-    data = yaml.safe_load(plan.read_text())
-    for row in data["rows"]:
-        row["kept"] = kept.get(row["name"].replace(".", "_"), row["kept"])
-    at.write_text(yaml.safe_dump(data))
-    return at
-
-
-def test_an_edited_plan_is_applied_without_a_search(place, done, tmp_path):
-    plan = edited(done[0] / "prune.yaml", tmp_path / "mine.yaml", blocks_0_mlp=5, stream=12)
-    told = prune(place, tmp_path / "out", "--plan", plan, verb=said)
-    kept = {row["name"]: (row["kept"], row["planned"]) for row in told["plan"]["rows"]}
-    assert kept["blocks.0.mlp"] == (5, 5) and kept["stream"] == (12, 12)
-    thin = saved.load(tmp_path / "out")
-    assert thin.blocks[0].mlp.fc1.conv.out_channels == 5 and thin.head.in_features == 12
-    assert told["plan"]["accuracy"] == Images.evaluate(
-        images(thin, place, place / "data.safetensors", 0), thin
-    )
-    assert "--plan" in told["command"] and "--method" not in told["command"]
-    again = prune(place, tmp_path / "again", "--plan", tmp_path / "out" / "prune.yaml", verb=said)
-    assert again["parameters"] == told["parameters"] and again["test"] == told["test"]
-
-
-def test_a_plan_of_another_model_or_one_that_is_spoilt_is_refused(place, done, tmp_path):
-    whole = done[0] / "prune.yaml"
-    save_spiking(tmp_path / "other", seed=5)
-    words = ["--data", place / "data.safetensors", "-o", tmp_path / "out"]
-    output = told_by(strop_("prune", tmp_path / "other", *words, "--plan", whole, code=2))
-    assert "this plan is of another model" in output
-
-    def refused(plan: Path, *more: object) -> str:
-        output = told_by(prune(place, tmp_path / "out", "--plan", plan, *more, code=2))
-        assert not (tmp_path / "out").exists()
-        return output
-
-    assert "kept must be 1 to 64" in refused(edited(whole, tmp_path / "a.yaml", blocks_0_mlp=65))
-    assert "kept must be 1 to 64" in refused(edited(whole, tmp_path / "b.yaml", blocks_0_mlp=0))
-    (tmp_path / "c.yaml").write_text(whole.read_text().replace("name: blocks.0.mlp", "name: blocks.0.mlq"))
-    assert "did you mean 'blocks.0.mlp'?" in refused(tmp_path / "c.yaml")
-    assert "cannot read plan" in refused(tmp_path / "none.yaml")
-    (tmp_path / "d.yaml").write_bytes(whole.read_bytes()[:-400])
-    refused(tmp_path / "d.yaml")
-    assert "leave --tolerance out" in refused(whole, "--tolerance", "1%")
 
 
 def test_groups_are_printed_in_full_and_nothing_is_written(place):
@@ -327,6 +232,10 @@ def test_folders_that_are_taken_stay_as_they_are(place, tmp_path):
     (tmp_path / "notes" / "diary.txt").write_text("mine")
     assert "holds files that `strop prune` did not write" in told_by(prune(place, tmp_path / "notes", code=2))
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["diary.txt"]
+    (tmp_path / "kept").mkdir()
+    for name in ("prune.yaml", "model-00001-of-00002.safetensors", "model-of-last-week.safetensors"):
+        (tmp_path / "kept" / name).write_text("mine")
+    assert "holds files that `strop prune` did not write" in told_by(prune(place, tmp_path / "kept", code=2))
     (tmp_path / "file").write_text("x")
     assert "it is a file" in told_by(prune(place, tmp_path / "file", code=2))
     with alone(tmp_path / "held"):
@@ -354,33 +263,3 @@ def test_a_run_that_is_killed_leaves_what_was_there_and_nothing_half(place, tmp_
 def test_help_has_an_example():
     told = strop_("prune", "--help").stdout
     assert "Example: strop prune zoo:svit-digits" in told and "--json" in told
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize("width", [390, 1200])
-def test_the_page_draws_its_charts(done, width):
-    out, told = done
-    with chromium() as driver:
-        show(driver, out / "report.html", width, dark=width == 390)
-        alone_ = told["plan"]["sensitivity"]
-        WebDriverWait(driver, 20).until(
-            lambda d: len(d.find_elements(By.CSS_SELECTOR, "#heat .shapelayer path")) == len(alone_)
-        )
-        lines = driver.find_elements(By.CSS_SELECTOR, "#size .scatter .lines path")
-        assert len(lines) == 4  # uniform everywhere, in blocks, the walk, the frontier
-        cells = driver.find_elements(By.CSS_SELECTOR, "#plan-title ~ .scroll tbody tr")
-        assert len(cells) == len(told["plan"]["rows"]) + len(told["steps"])
-        assert driver.execute_script("return document.documentElement.scrollWidth") == width
-        assert complaints(driver) == [] and requests(driver) == []
-
-
-def test_hostile_names_and_missing_parts_stay_in_their_place(done, tmp_path):
-    told = json.loads(json.dumps(done[1]))
-    told["model"] = told["plan"]["rows"][0]["name"] = "<img src=x onerror=alert(1)>"
-    told["plan"]["frozen"] = [["</script>", "<i>"]]
-    told["plan"]["sensitivity"] = told["plan"]["curves"] = told["plan"]["walk"] = []
-    told["asked"] = dict.fromkeys(told["asked"])
-    write_report(told, tmp_path / "report.html")
-    body = (tmp_path / "report.html").read_text().partition("<main>")[2].partition("</main>")[0]
-    assert "<img" not in body and "</script>" not in body and "<i>" not in body
-    assert 'id="heat"' not in body and "None" not in body

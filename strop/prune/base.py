@@ -14,7 +14,7 @@ from strop.core.method import Method
 from strop.core.training import Report
 from strop.prune.plan import PrunePlan, Row, fingerprint
 from strop.prune.score import by_name
-from strop.prune.search import Counts, Evaluate, Search, Try
+from strop.prune.search import Counts, Evaluate, Search, Try, require_seed
 from strop.prune.trace import trace
 from strop.prune.units import Example, Unit, Units
 
@@ -50,6 +50,7 @@ class PruneMethod(Method, abc.ABC):
     def __post_init__(self) -> None:
         if self.round_to < 1:
             raise ValueError(f"round_to must be 1 or more, got {self.round_to}")
+        require_seed(self.seed)
         by_name(self.score, self.seed)
 
     @property

@@ -20,9 +20,9 @@ from strop.core.files import atomic
 from strop.core.nodes import construct, read_yaml
 from strop.prune.cut import cut
 from strop.prune.score import by_name, keep
-from strop.prune.search import Candidate, Try, require_shares
+from strop.prune.search import Candidate, Try, require_seed, require_shares
 from strop.prune.trace import trace
-from strop.prune.units import Units
+from strop.prune.units import Example, Units
 
 VERSION = 1
 
@@ -78,7 +78,7 @@ class PrunePlan:
     score: str = "l2"
     """What ranks the channels of a unit."""
     seed: int = 0
-    """Of a random score."""
+    """Of a random score, and of how data was parted."""
     model: str
     """Names the dense model by its weights."""
     parameters: int
@@ -115,6 +115,7 @@ class PrunePlan:
                 f"candidates have one count for each of {len(names)} rows: to leave a unit whole, set its "
                 "`kept` to its width instead of taking the row out"
             )
+        require_seed(self.seed)
         require_shares(self.saving, *(a for a in (self.dense_accuracy, self.accuracy) if a is not None))
 
     @property
@@ -127,8 +128,12 @@ class PrunePlan:
         """Whether somebody changed counts: accuracy and saving are of the plan as it was."""
         return any(row.kept != row.planned for row in self.rows)
 
-    def apply(self, model: nn.Module, units: Units | None = None) -> nn.Module:
+    def apply(
+        self, model: nn.Module, units: Units | None = None, example: Example | None = None
+    ) -> nn.Module:
         """The dense model cut once; `model` stays as it is. `units` are those of `trace`, or found anew.
+
+        `example` are keyword inputs of a small forward pass, where units are to be found.
 
         Raises StropError for another model than the plan was made for, and for units that it does not have.
         """
@@ -137,7 +142,7 @@ class PrunePlan:
                 f"this plan is of another model (weights {quoted(self.model)}): apply it to the dense model "
                 "that it was made from, or plan again"
             )
-        units = trace(model) if units is None else units
+        units = trace(model, example) if units is None else units
         score, kept = by_name(self.score, self.seed), {}
         for row in self.rows:
             unit = units[row.name]

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from strop.core.errors import StropError
 from strop.core.sampling import keyed_uniform
 from strop.core.words import percent, share
 from strop.prune.base import Choice, PruneMethod, require_rates, require_share
@@ -59,10 +58,7 @@ class PrimeSVT(PruneMethod):
         """Profile, sort, commit, select."""
         worth = [unit for unit in search.free if self.most(search, unit) >= self.least]
         search.expected = 1 + len(worth) * (len(self.rates) + 3)
-        if not search.dense:
-            raise StropError(
-                "the dense model is right on nothing that `evaluate` asks: give it data it knows"
-            )
+        search.require_knowledge()
         alone = {unit.name: [*self.tried(search, {}, unit, self.rates, self.epsilon)] for unit in worth}
         verdicts = {unit.name: self.verdict(search, unit, alone.get(unit.name, ())) for unit in search.free}
         targets = [unit for unit in worth if verdicts[unit.name] == TARGET]

@@ -69,7 +69,7 @@
     const marks = [...lines.flat(), star];
     const x = linearScale([0, ...marks.map((mark) => mark.x)], "share of the parameters saved");
     const y = linearScale([data.dense, ...marks.map((mark) => mark.y)], "accuracy, planning part");
-    x.axis.tickformat = y.axis.tickformat = ".0%";
+    x.axis.tickformat = y.axis.tickformat = ".2~%";
     const drawn = lines.map((line, index) => ({
       ...series(line, x, y, { size: 7, color: look.series[index], symbol: SYMBOLS[index] }, look),
       mode: "lines+markers", line: { color: look.series[index], width: 1.5 },

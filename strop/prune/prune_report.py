@@ -35,7 +35,10 @@ MEANING = {
         "PSViT's words: alone and cut lightly it costs more than the tolerance; in between; alone and cut by "
         "the middle rate it costs half of the tolerance at most."
     ),
-    "Target": "PrimeSVT's word: a unit that alone can spare enough to be worth it.",
+    "Target": (
+        "PrimeSVT's word: a unit that alone can spare enough to be worth it. They are cut one after another, "
+        "and those whose turn does not come stay whole."
+    ),
     "Frontier": "of all maps tried those that no other beats in both accuracy and size.",
 }
 Told = Mapping[str, Any]

@@ -59,6 +59,7 @@ class PSViT(PruneMethod):
         """Uniform rates, sensitivity of each unit, and the walk from the first to the last."""
         free, blocks = search.free, search.blocks
         search.expected = 1 + 3 * len(free) * len(self.probe) + 2 * len(self.rates)
+        search.require_knowledge()
         every, alike = self.sweep(search, "all", free), self.sweep(search, "blocks", blocks)
         alone = {unit.name: self.alone(search, unit) for unit in free}
         verdicts = {name: self.verdict(search, tries) for name, tries in alone.items()}

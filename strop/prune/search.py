@@ -103,6 +103,13 @@ class Search:
         """Accuracy of the model as it is, A0."""
         return self.accuracy({})
 
+    def require_knowledge(self) -> None:
+        """Raise StropError where the dense model is right on nothing, so that no cut costs anything."""
+        if not self.dense:
+            raise StropError(
+                "the dense model is right on nothing that `evaluate` asks: give it data it knows"
+            )
+
     def count(self, unit: Unit, rate: float) -> int:
         """Channels of a unit that stay at a rate, above the floor."""
         each = unit.width // unit.heads
@@ -176,10 +183,20 @@ def frontier(tried: Sequence[Candidate]) -> tuple[Candidate, ...]:
 
 def checked(accuracy: float) -> float:
     """An accuracy as `evaluate` gave it. Raises StropError unless it is a number from 0 to 1."""
-    value = float(accuracy)
+    try:
+        value = float(accuracy)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(accuracy).__name__
+        raise StropError(f"`evaluate` returns an accuracy from 0 to 1, got a {got}: mend it") from error
     if not 0 <= value <= 1:
         raise StropError(f"`evaluate` returns an accuracy from 0 to 1, got {quoted(value)}: mend it")
     return value
+
+
+def require_seed(seed: int) -> None:
+    """Raise ValueError unless torch takes it."""
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed is a whole number from 0 to {(1 << 63) - 1}, got {seed}")
 
 
 def require_shares(*values: float) -> None:

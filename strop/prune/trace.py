@@ -5,6 +5,7 @@ producer is a candidate. Each is cut by half and compared with its mask, so that
 as a view by head_dim, shows: where the width inside heads cannot go, whole heads are tried.
 """
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,9 +35,13 @@ SHARE = 0.25
 def trace(model: nn.Module, example: Example | None = None) -> Units:
     """The units of `model`, found by a forward pass on keyword inputs `example` in evaluation mode.
 
-    Raises StropError as `example_of` does, and where the model does not run on the example.
+    A model of 16-bit numbers is traced in a copy in float32, since rounding would hide what a wrong cut
+    changes. Raises StropError as `example_of` does, and where the model does not run on the example.
     """
     example = example_of(model) if example is None else example
+    if any(_short(parameter) for parameter in model.parameters()):
+        model = copy.deepcopy(model).float()
+        example = tree_map(lambda leaf: leaf.float() if _short(leaf) else leaf, dict(example))
     watch = Watch(model, example)
     with sdpa_kernel(SDPBackend.MATH), watch:
         given = outputs(model, example)
@@ -97,6 +102,10 @@ class Watch(TorchDispatchMode):
             fits = tuple(size(dim) for dim in dims) == tensor.shape
             held = dims if fits else _fixed(tensor, call.reason)
             self._values[tensor] = Value(held, Kind.ACTIVE if meets else max(kinds))
+
+
+def _short(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.itemsize < 4
 
 
 def _fixed(tensor: Tensor, reason: str) -> tuple[Dim, ...]:
@@ -184,4 +193,4 @@ def _problem(model: nn.Module, units: list[Unit], example: Example, peak: float)
     except StropError as error:
         return str(error)
     rounding = torch.finfo(next(model.parameters()).dtype).eps ** 0.7  # 1e-5 in float32
-    return None if off <= rounding * max(peak, 1.0) else f"the cut changes outputs by {off:.2g} over zeroing"
+    return None if off <= rounding * peak else f"the cut changes outputs by {off:.2g} over zeroing"

@@ -122,16 +122,16 @@ def example_of(model: nn.Module) -> dict[str, Any]:
     if hasattr(model, "example"):
         return model.example()
     name, config = getattr(model, "main_input_name", None), getattr(model, "config", None)
-    device = next(model.parameters()).device
     if name == "input_ids":
         text = config.get_text_config()
-        ids = torch.arange(1, TOKENS + 1, device=device) * 7 % text.vocab_size
+        ids = torch.arange(1, TOKENS + 1, device=next(model.parameters()).device) * 7 % text.vocab_size
         return {"input_ids": ids[None], **({"use_cache": False} if hasattr(text, "use_cache") else {})}
     if name == "pixel_values":
         side = config.image_size
         height, width = (side, side) if isinstance(side, int) else side
         noise = torch.randn(1, config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
-        return {"pixel_values": noise.to(device, next(model.parameters()).dtype)}
+        weight = next(model.parameters())
+        return {"pixel_values": noise.to(weight.device, weight.dtype)}
     raise StropError(
         f"nothing tells what {type(model).__name__} reads: pass example={{'name of the input': tensor}}, or "
         "give the model a method example() that returns it"

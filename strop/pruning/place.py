@@ -1,6 +1,7 @@
 """The folder of a pruned model: made hidden beside its place, and moved there whole."""
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,4 +49,4 @@ def placed(out: Path) -> Iterator[Path]:
 
 
 def _ours(name: str) -> bool:
-    return name in WRITTEN or (name.startswith("model") and name.endswith(".safetensors"))
+    return name in WRITTEN or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name) is not None

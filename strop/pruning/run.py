@@ -35,6 +35,8 @@ from strop.recipe import METHODS
 STEPS = ("bn", "finetune")
 SAVING = 0.25
 """What goes where a method needs to be told and was not."""
+EDITED = ", edited"
+"""What follows the planner's name in a plan that is no longer its own, of which nothing was asked."""
 ONLY = {"mode": "primesvt", "order": "primesvt", "reserve": "primesvt"}
 """Settings that one method has."""
 RATES = {Images: (1e-3, 5), Texts: (2e-4, 2)}
@@ -118,7 +120,7 @@ def prune(
     given = None if plan_file is None else PrunePlan.load(plan_file)
     with alone(out):
         report("opening", 0.0)
-        subject = _subject(source, folder, config, settings)
+        subject = _subject(source, folder, config, settings, settings.seed if given is None else given.seed)
         dense = subject.model
         _require_steps(dense, settings.recover)
         report("finding groups", 0.0)
@@ -149,10 +151,11 @@ def prune(
     return told
 
 
-def _subject(source: str, folder: Path, config: dict[str, Any], settings: Settings) -> Subject:
+def _subject(source: str, folder: Path, config: dict[str, Any], settings: Settings, seed: int) -> Subject:
+    """The model with its data, parted by `seed`: a plan's own, or it would be tested on what chose it."""
     if classifies(config):
         model = _placed_on(saved.load(folder), settings.device)
-        return images(model, folder, settings.data, settings.seed)
+        return images(model, folder, settings.data, seed)
     return Texts(load(source, device=settings.device), settings.data)
 
 
@@ -173,12 +176,25 @@ def _planned(subject: Subject, units: Units, settings: Settings, report: Report)
 
 
 def _applied(plan: PrunePlan, subject: Subject, units: Units) -> PrunePlan:
-    """An edited plan with the accuracy and the saving that it has by now."""
+    """A plan, edited or not, with the accuracy and the saving that it has by now.
+
+    What was tried is left out where it was tried on other data.
+    """
     accuracy = subject.evaluate(plan.apply(subject.model, units).eval())
-    rows = tuple(dataclasses.replace(row, planned=row.kept) for row in plan.rows)
-    saving = removed(subject.model, units, plan.counts) / plan.parameters
+    dense = subject.evaluate(subject.model)
+    parameters = sum(parameter.numel() for parameter in subject.model.parameters())
+    if dense != plan.dense_accuracy:
+        plan = dataclasses.replace(plan, curves=(), sensitivity=(), walk=(), candidates=(), evaluations=0)
+    if plan.edited:
+        method = plan.method.removesuffix(EDITED) + EDITED
+        rows = tuple(dataclasses.replace(row, planned=row.kept) for row in plan.rows)
+        plan = dataclasses.replace(plan, method=method, rows=rows, feasible=True)
     return dataclasses.replace(
-        plan, rows=rows, accuracy=accuracy, saving=saving, dense_accuracy=subject.evaluate(subject.model)
+        plan,
+        parameters=parameters,
+        dense_accuracy=dense,
+        accuracy=accuracy,
+        saving=removed(subject.model, units, plan.counts) / parameters,
     )
 
 
