@@ -26,7 +26,7 @@ def plan(
     ],
     workload: Annotated[
         str,
-        typer.Option(metavar="FILE|in=N,out=N", help="A trace, or means as in in=576,out=588,period=2.0."),
+        typer.Option(metavar="FILE|in=N,out=N", help="A trace, or means: in=576,out=588,period=2"),
     ],
     min_tps: Annotated[float, typer.Option(min=0, metavar="N", help="Least tokens/s of a request.")] = 7.0,
     kind: Annotated[Planner, typer.Option("--planner", help="How to search.")] = Planner("auto"),  # noqa: B008
@@ -163,7 +163,7 @@ def _show_rivals(best: DeploymentPlan, plans: Mapping[str, DeploymentPlan | str]
         tables.say(reason)
     tables.say(
         "Mixed replicas are predicted as stages that read prompts and decode in turns, Splitwise as the same "
-        "search under its condition on roles; the real one lends instances as it runs, a simulator's task."
+        "search under its condition on roles; the real one, which lends instances as it runs, is not built."
     )
 
 

@@ -19,6 +19,9 @@ class Oracle:
     def tier(self, peer: int, node: np.ndarray) -> np.ndarray:
         return node % 4
 
+    def way(self, peer: int, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.bandwidth[node % 4], self.latency[node % 4]
+
     def congestion(self, now: float) -> np.ndarray:
         return self.taken
 

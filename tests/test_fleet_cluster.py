@@ -12,7 +12,7 @@ from strop.core.nodes import MOST_BYTES
 from strop.serve.background import Constant
 from strop.serve.cluster import Cluster, Group
 from strop.serve.latency import Pipeline
-from strop.serve.topology import FatTree
+from strop.serve.topology import FatTree, Flat
 
 
 def group(role: str = "both", **fields) -> dict:
@@ -32,6 +32,8 @@ def group(role: str = "both", **fields) -> dict:
         ({"network": {"flat": {"hosts": 8, "bandwidth": -1}}}, "bandwidth must be a finite number above 0"),
         ({"network": {"flat": {"hosts": 8, "bandwidth": 0}}}, "bandwidth must be a finite number above 0"),
         ({"network": {"flat": {"hosts": "8"}}}, "cluster.network.flat.hosts must be int, got '8'"),
+        ({"network": {"flat": {"hosts": 8, "pairs": [[0, 8, 1, 0]]}}}, "each of pairs is two of the 8 hosts"),
+        ({"network": {"flat": {"hosts": 8, "pairs": [0, 1]}}}, "each of pairs is two of the 8 hosts"),
         ({"kv_bytes": 0}, "kv_bytes must be a finite number above 0"),
         ({"telemetry": math.nan}, "telemetry must be a finite number above 0"),
         ({"telemetry": 1e-4}, "telemetry must be at least 0.001 seconds"),
@@ -81,6 +83,12 @@ def test_a_cluster_file_says_what_its_objects_say(tmp_path):
     )
     assert found == Cluster(network=FatTree(pods=2), background=Constant(0.1), instances=groups)
     assert dataclasses.is_dataclass(found) and len(found.of("decode")) == 4
+
+
+def test_a_file_may_name_links_of_pairs():
+    data = {"network": {"flat": {"hosts": 2, "pairs": [[0, 1, 1e6, 0.001]]}}}
+    found = Cluster.from_dict({"strop": 1, **data, **group()})
+    assert found.network == Flat(hosts=2, pairs=((0, 1, 1e6, 0.001),))
 
 
 def test_a_file_may_name_the_chunks_of_instances_that_do_both():

@@ -1,8 +1,7 @@
-"""The simulated network: fair shares, exact times, others' traffic, and what oracles are told of it."""
+"""The simulated network: fair shares, exact times, and flows that others' traffic slows."""
 
 import subprocess
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,10 +10,10 @@ from hypothesis import strategies as st
 
 from strop.core.errors import StropError
 from strop.kernels import maxmin, maxmin_numba
-from strop.serve.background import BLOCK, KEPT, MOST, Constant, RandomWalk, Windows, period_of
+from strop.serve.background import Constant, RandomWalk, Windows
 from strop.serve.events import Clock
 from strop.serve.network import FrozenNetwork, Network, Transfers
-from strop.serve.oracle import Measured, Static, Telemetry
+from strop.serve.oracle import Measured, Telemetry
 from strop.serve.topology import LINKS, FatTree, Flat
 
 TREE = FatTree()
@@ -133,6 +132,24 @@ def test_what_a_bottleneck_leaves_goes_to_those_that_can_use_it():
     assert times(network, sends) == pytest.approx([10, 10, 10, 1])
 
 
+@every_network
+def test_two_hosts_with_a_link_of_their_own_take_it_each_way_and_leave_the_switch_to_others(kind):
+    lan = Flat(hosts=3, bandwidth=100.0, rtt=0.0, pairs=((0, 2, 10.0, 4.0), (1, 2, 1000.0, 0.0)))
+    sends = [(0, 0, 2, 100), (0, 2, 0, 100), (0, 0, 1, 100), (0, 1, 2, 100), (0, 2, 2, 1e10)]
+    assert times(kind(lan, Clock()), sends) == pytest.approx([12, 12, 1, 0.1, 1])
+    assert times(Network(lan, Clock()), [(0, 0, 2, 100)] * 2) == pytest.approx([22, 22])
+    half = Network(lan, Clock(), Constant(0.5))
+    assert times(half, [(0, 0, 2, 100), (0, 0, 1, 100)]) == pytest.approx([22, 2])
+
+
+@pytest.mark.parametrize(
+    "pair", [(0, 3, 1.0, 0.0), (0, 0.5, 1.0, 0.0), (1, 1, 1.0, 0.0), (0, 1, 1.0), (0, 1, 1, 0, 0), ()]
+)
+def test_a_pair_that_makes_no_sense_is_refused(pair):
+    with pytest.raises(StropError, match="each of pairs is two of the 3 hosts"):
+        Flat(hosts=3, pairs=(pair,))
+
+
 def test_frozen_shares_stay_as_they_were_found():
     lan = Flat(hosts=3, bandwidth=100.0, rtt=0.0)
     sends = [(0, 0, 1, 200), (1, 0, 2, 200), (9, 0, 1, 100)]
@@ -229,66 +246,6 @@ def test_others_take_their_part_of_links_and_not_of_hosts():
     assert times(Network(tree, Clock(), half), [(0, 0, 2, 25), (0, 1, 4, 25)]) == pytest.approx([4.0, 4.0])
 
 
-def test_a_walk_is_keyed_stays_between_its_ends_and_covers_them():
-    walk = RandomWalk(low=0.1, high=0.5, step=0.05, seed=7)
-    one, other = walk.traffic(3), walk.traffic(3)
-    late = other(10_000.0)[0].copy()
-    steps = np.stack([one(walk.period * k)[0] for k in range(40_001)])
-    np.testing.assert_array_equal(steps[-1], late)
-    np.testing.assert_array_equal(walk.traffic(5)(300.0)[0][:, :3], one(300.0)[0])
-    assert (RandomWalk(low=0.1, high=0.5, step=0.05, seed=8).traffic(3)(0.0)[0] != one(0.0)[0])[1:].all()
-    walked = steps[:, 1:].reshape(len(steps), -1)
-    assert (steps[:, 0] == 0).all() and walked.min() >= 0.1 and walked.max() <= 0.5
-    assert np.histogram(walked, 4, (0.1, 0.5))[0].min() > 0.2 * walked.size
-    jumps = np.diff(walked, axis=0)
-    assert jumps.std() == pytest.approx(0.05, rel=0.1)
-    assert abs(jumps[BLOCK - 1]).max() < 6 * 0.05
-    assert abs(np.corrcoef(jumps.T) - np.eye(9)).max() < 0.05
-
-
-def test_a_long_walk_takes_the_memory_of_its_newest_blocks():
-    traffic = RandomWalk().traffic(2)
-    block = RandomWalk().period * BLOCK
-    first = traffic(0.0)[0].copy()
-    tracemalloc.start()
-    last = traffic(60 * block)[0].copy()
-    held = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert held < 2 * KEPT * BLOCK * 4 * 2 * 8
-    assert (traffic(0.0)[0] == first).all() and (traffic(60 * block)[0] == last).all()
-
-
-def test_telemetry_does_not_look_at_what_it_would_not_believe():
-    looked = []
-
-    def traffic(time: float):
-        looked.append(time)
-        return np.full((4, 4), 0.5), np.inf
-
-    oracle = Telemetry(TREE, traffic, refresh=1000.0, max_age=120.0)
-    assert not oracle.congestion(1900.0).any() and looked == [0.0]
-    assert oracle.congestion(2100.0).any() and looked == [0.0, 2000.0]
-
-
-def test_windows_crowd_one_pod_after_another_and_leave_the_rest_to_the_base():
-    traffic = Windows(share=0.8, tier=3, length=60.0, every=90.0, base=Constant(0.2)).traffic(2)
-    for time, pod, until in ((0.0, 0, 60.0), (59.9, 0, 60.0), (90.0, 1, 150.0), (200.0, 0, 240.0)):
-        shares, end = traffic(time)
-        assert end == until
-        assert shares[3].tolist() == [0.8 if each == pod else 0.2 for each in range(2)]
-        assert shares[1:3].tolist() == [[0.2, 0.2]] * 2
-    shares, end = traffic(60.0)
-    assert end == 90.0 and shares[3].tolist() == [0.2, 0.2]
-
-
-@given(number=st.integers(0, 10**6), length=st.floats(1e-3, 1e3))
-def test_the_next_period_is_always_later(number, length):
-    time = number * length
-    found, until = period_of(time, length)
-    assert until > time and abs(found - number) <= 1
-    assert period_of(until, length)[1] > until
-
-
 def test_tiers_and_paths_of_a_fat_tree():
     tree = FatTree(pods=2, racks=2, nodes=2)
     tiers = tree.tier(np.arange(8)[:, None], np.arange(8))
@@ -328,6 +285,8 @@ def test_a_host_that_is_not_there_is_refused(kind):
         ("hosts", lambda: Flat(hosts=True)),
         ("bandwidth", lambda: Flat(bandwidth=0)),
         ("rtt", lambda: Flat(rtt=-1e-3)),
+        ("bandwidth of a pair", lambda: Flat(pairs=((0, 1, 0.0, 0.0),))),
+        ("rtt of a pair", lambda: Flat(pairs=((0, 1, 1.0, float("nan")),))),
         ("memory", lambda: Flat(memory="fast")),
         ("share", lambda: Constant(1.0)),
         ("share", lambda: Windows(share=-0.1)),
@@ -353,58 +312,6 @@ def test_a_host_that_is_not_there_is_refused(kind):
 def test_fields_that_make_no_sense_are_refused_by_name(name, make):
     with pytest.raises(StropError, match=rf"\b{name} must be"):
         make()
-
-
-def test_a_static_oracle_knows_tiers_alone():
-    oracle = Static(TREE)
-    assert oracle.bandwidth.tolist() == list(TREE.bandwidth) and oracle.latency.tolist() == list(TREE.latency)
-    assert oracle.tier(2, np.array([2, 2, 3, 7])).tolist() == [0, 0, 2, 3]
-    assert oracle.congestion(5.0).tolist() == [0, 0, 0, 0]
-
-
-def test_telemetry_sees_what_was_when_it_last_looked():
-    crowded = Windows(share=0.8, tier=3, length=60.0, every=120.0, base=Constant(0.2))
-    network = Network(TREE, Clock(), crowded)
-    oracle = Telemetry(TREE, network.traffic, refresh=50.0)
-    busy, quiet = [0, 0.2, 0.2, 0.35], [0, 0.2, 0.2, 0.2]
-    seen = [(49.0, busy, 0), (99.0, busy, 50), (101.0, quiet, 100), (149.0, quiet, 100), (150.0, busy, 150)]
-    for now, shares, measured_at in seen:
-        assert oracle.congestion(now) == pytest.approx(shares)
-        assert oracle.measured_at == measured_at
-
-
-def test_a_measurement_that_is_too_old_counts_as_none():
-    oracle = Telemetry(TREE, Constant(0.4).traffic(4), refresh=300.0, max_age=120.0)
-    for now, believed in ((0.0, True), (120.0, True), (120.1, False), (299.0, False), (300.0, True)):
-        assert oracle.congestion(now).any() == believed
-
-
-def test_telemetry_never_says_that_nothing_is_left():
-    oracle = Telemetry(TREE, lambda time: (np.ones((4, 4)), np.inf))
-    assert oracle.congestion(0.0).tolist() == [MOST] * 4
-
-
-def test_what_transfers_did_not_get_is_congestion_until_it_is_too_old():
-    oracle = Measured(TREE, weight=0.5, max_age=10.0)
-    assert oracle.congestion(0.0).tolist() == [0, 0, 0, 0]
-    half, idle = 1e9 / (TREE.bandwidth[3] / 2), 1e9 / TREE.bandwidth[3]
-    oracle.observe(0, 2, 1e9, half + TREE.latency[3], now=1.0)
-    assert oracle.congestion(1.0) == pytest.approx([0, 0, 0, 0.5])
-    oracle.observe(0, 4, 1e9, idle + TREE.latency[3], now=2.0)
-    assert oracle.congestion(2.0) == pytest.approx([0, 0, 0, 0.25])
-    oracle.observe(0, 4, 0.0, TREE.latency[3], now=11.0)
-    assert oracle.congestion(12.0)[3] == pytest.approx(0.25) and oracle.congestion(12.1)[3] == 0
-    oracle.observe(0, 2, 1e9, 100 * idle, now=20.0)
-    assert oracle.congestion(20.0)[3] == MOST
-
-
-def test_measured_transfers_tell_what_others_take_where_flows_are_alone():
-    network = Network(TREE, Clock(), Constant(0.3))
-    oracle = Measured(TREE)
-    sends = [(5.0 * k, 0, 1 + k % 2, 2e9) for k in range(10)]
-    for (start, source, target, nbytes), end in zip(sends, times(network, sends), strict=True):
-        oracle.observe(source, target, nbytes, end - start, end)
-    assert oracle.congestion(50.0) == pytest.approx([0, 0, 0.3, 0.3])
 
 
 def test_no_tensor_library_is_imported():

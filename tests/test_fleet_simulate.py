@@ -1,15 +1,16 @@
 """The simulator against arithmetic: queues, pipelines, transfers, batches; and nothing lost or made up."""
 
+import dataclasses
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from fleets import POLICY, busy, fleet, pair, run, trace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from routing import identical
 
-from strop.core.chunks import Fixed
 from strop.core.errors import StropError
 from strop.core.evict import EVICTORS
 from strop.serve.background import Constant, RandomWalk
@@ -20,50 +21,6 @@ from strop.serve.latency import Pipeline, Roofline
 from strop.serve.routing import POLICIES
 from strop.serve.simulate import Simulation
 from strop.serve.topology import Flat
-
-PLAIN = Roofline(prefill_token=1e-4, prefill_pair=0, iteration=0.01, decode_request=0, decode_token=0)
-"""Seconds that add up by hand."""
-POLICY = POLICIES["least-loaded"]()
-
-
-def trace(jobs: list[tuple[float, int, int]], block: int = 16, shared: int = 0) -> Trace:
-    """Arrival, prompt and answer of each request; the first `shared` blocks of all are the same."""
-    found, fresh = [], iter(range(10**6, 10**9))
-    for number, (arrival, prompt, output) in enumerate(jobs):
-        count = -(-prompt // block) if shared else 0
-        blocks = tuple(range(min(shared, count))) + tuple(next(fresh) for _ in range(count - shared))
-        found.append(Job(Request(number, prompt, blocks), output, arrival))
-    return Trace("made", found, block)
-
-
-def pair(latency=PLAIN, **fields) -> Cluster:
-    """One instance that computes prompts and one that decodes, at one switch."""
-    both = {"latency": latency} | fields
-    groups = (Group(role="prefill", hosts=(0,), **both), Group(role="decode", hosts=(1,), **both))
-    return Cluster(network=Flat(hosts=2, bandwidth=1e9, rtt=0.002), instances=groups, kv_bytes=1e5)
-
-
-def fleet(**fields) -> Cluster:
-    groups = (
-        Group(role="prefill", hosts=(0, 2, 4, 6), each=2, kv_tokens=200_000),
-        Group(role="decode", hosts=(1, 3, 5, 7), each=2, kv_tokens=200_000),
-    )
-    return Cluster(instances=groups, **fields)
-
-
-def busy(requests: int = 400, seed: int = 0) -> Trace:
-    rng = np.random.default_rng(seed)
-    arrivals = np.sort(rng.uniform(0, 40, requests))
-    prompts, outputs = rng.integers(1, 9000, requests), rng.integers(1, 400, requests)
-    jobs = zip(arrivals.tolist(), prompts.tolist(), outputs.tolist(), strict=True)
-    return trace(list(jobs), block=128, shared=2)
-
-
-def run(cluster: Cluster, made: Trace, policy=POLICY, seed: int = 0):
-    simulation = Simulation(cluster, made, policy, seed)
-    results = simulation.run()
-    simulation.check()
-    return results
 
 
 def test_a_request_alone_takes_what_its_parts_take():
@@ -190,38 +147,6 @@ def test_a_later_turn_comes_when_the_one_before_has_ended():
     assert found.columns["arrived"][1] == pytest.approx(found.columns["ended"][0] + 2.5)
 
 
-def both(**fields) -> Cluster:
-    group = Group(role="both", hosts=(0,), latency=PLAIN, chunk=Fixed(base=512), **fields)
-    return Cluster(network=Flat(hosts=1), instances=(group,))
-
-
-def test_a_prompt_in_chunks_takes_an_iteration_for_each():
-    found = run(both(), trace([(0.0, 1000, 3)]))
-    assert found.ttft()[0] == pytest.approx(1000 * 1e-4 + 2 * 0.01)
-    assert found.columns["ended"][0] == pytest.approx(0.12 + 2 * 0.01)
-
-
-def test_no_prompt_reuses_what_is_not_computed_yet():
-    """The older program's turn would go first, but what it shares is still to be computed by the other."""
-    common = tuple(range(100))
-    turn = Job(Request(3, 1600, common), 1)
-    old = Job(Request(0, 16, (900,)), 1, 0.0, next=turn, gap=0.3)
-    long, other = Job(Request(1, 20_000), 1, 0.01), Job(Request(2, 1600, common), 1, 0.2)
-    found = run(both(order="program"), Trace("made", [old, long, other], 16))
-    done = dict(zip(found.columns["id"], found.columns["computed"], strict=True))
-    reused = dict(zip(found.columns["id"], found.columns["reused"], strict=True))
-    assert reused[3] == 1599 and done[3] >= done[2] > done[1]
-
-
-def test_a_chunk_slows_the_iteration_of_those_that_decode():
-    found = run(both(), trace([(0.0, 100, 200), (0.5, 500, 1)]))
-    assert found.spans[:, 1].max() == pytest.approx(0.01 + 500 * 1e-4)
-    tokens = sum(n * b for n, _, _, b in found.spans)
-    assert (
-        tokens == found.columns["output"].sum() - 2
-    )  # the iteration that ends a prompt gives its first token
-
-
 def test_reports_are_as_old_as_their_period_lets_them_be():
     """Decisions at random times see reports of 0 to 0.5 s, 0.25 on average."""
     ages = []
@@ -259,11 +184,6 @@ def test_what_others_send_slows_transfers():
     assert loud.stages()["transfer"].mean() > 2 * quiet.stages()["transfer"].mean()
 
 
-def test_answers_of_one_token_have_no_time_between_tokens():
-    found = run(both(), trace([(0.0, 100, 1)] * 3))
-    assert len(found.spans) == 0 and found.summary(1.0)["tbt_mean"] == 0 == found.summary(1.0)["tbt_p99"]
-
-
 def test_quantiles_of_the_time_between_tokens_count_tokens():
     found = run(pair(), trace([(0.0, 100, 50)]))
     assert found.gaps([0.0, 0.5, 1.0]) == pytest.approx([0.01] * 3)
@@ -272,6 +192,16 @@ def test_quantiles_of_the_time_between_tokens_count_tokens():
 def test_a_request_that_no_instance_can_hold_is_named():
     with pytest.raises(StropError, match=r"request 0 of made takes 20,016 tokens of KV and an inst.* 9,000"):
         Simulation(pair(kv_tokens=9_000), trace([(0.0, 20_000, 1)]), POLICY)
+
+
+def test_an_instance_that_prefills_has_to_hold_no_answer():
+    cluster = pair(kv_tokens=9_000)
+    prefill, decode = cluster.instances
+    roomy = dataclasses.replace(cluster, instances=(prefill, dataclasses.replace(decode, kv_tokens=20_000)))
+    found = run(roomy, trace([(0.0, 8_990, 2_000)]))
+    assert found.columns["output"].tolist() == [2_000]
+    with pytest.raises(StropError, match="9,008 tokens of KV and an instance for prefill holds 9,000"):
+        Simulation(roomy, trace([(0.0, 9_001, 1)]), POLICY)
 
 
 def test_a_policy_that_needs_hashes_refuses_a_trace_without():

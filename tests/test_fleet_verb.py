@@ -259,7 +259,7 @@ def test_a_trace_that_does_not_fit_is_refused_by_its_line(trace, tmp_path):
     assert "bad.jsonl, line 5: " in said(run(EXAMPLE, "--trace", bad, "--out", out, code=2))
     words = ("--policy", "jsq", "--seeds", 1, "--skip-bad")
     printed = said(run(EXAMPLE, "--trace", bad, *words))
-    assert "1 bad rows were skipped; the first: " in printed and "line 5" in printed
+    assert "1 bad row was skipped; the first: " in printed and "line 5" in printed
     (tmp_path / "empty.jsonl").write_text("")
     assert "is empty" in said(run(EXAMPLE, "--trace", tmp_path / "empty.jsonl", "--out", out, code=2))
     plain = tmp_path / "plain.csv"
@@ -297,6 +297,14 @@ def test_the_example_is_64_gpus_whose_nearest_decoder_is_in_the_pod():
     cluster = Cluster.load(EXAMPLE)
     assert [len(cluster.of(role)) for role in ("prefill", "decode")] == [8, 8]
     assert nearest(cluster) == "pod" and cluster.background.share == 0.2
+
+
+def test_links_of_pairs_are_counted_among_the_facts(trace, tmp_path):
+    for said, told in (("pairs: [[0, 1, 1e6, 0.001]]", "memory 1e+10, pairs 1 apart"), ("", "memory 1e+10")):
+        path = tmp_path / "shared.yaml"
+        path.write_text(SHARED.replace("hosts: 2", f"hosts: 2, {said}"))
+        facts = simulate(path, trace, Settings(policies=("jsq",), seeds=1))["cluster"]
+        assert facts["network"].endswith(told)
 
 
 def test_help_has_an_example():

@@ -13,11 +13,13 @@ from strop.core.errors import StropError
 from strop.serve import run
 from strop.serve.base import Job, Request, Trace
 from strop.serve.cluster import Cluster, Group
+from strop.serve.experiment import expect
 from strop.serve.latency import Pipeline
 from strop.serve.plan import DeploymentPlan, Device, Exhaustive, Link, Links, Timing, Workload, planner
 from strop.serve.plan.deploy import fleet, pipeline
 from strop.serve.plan.plan import PREFILL
 from strop.serve.plan.roles import Mixed
+from strop.serve.routing import policy
 from strop.serve.routing.jsq import JSQ
 from strop.serve.simulate import Simulation
 from strop.serve.topology import Flat
@@ -147,6 +149,43 @@ def test_waiting_grows_where_the_phase_is_above_the_period_and_nowhere_else(whic
         period = share * made.phase
         assert slope(made, period) == pytest.approx(made.phase - period, rel=0.1)
     assert abs(slope(made, 1.05 * made.phase)) < 0.002 * made.phase
+
+
+def test_kv_takes_the_link_that_two_devices_have_of_their_own(tmp_path):
+    slow = frozenset(("d0", "d1"))
+    links = Links(Link(1e9, 0.0), {slow: Link(1e7, 2.0)})
+    made = Exhaustive(min_tps=5.0).plan(devices()[:3], links, OSS, SIZE)
+    path = tmp_path / "plan.yaml"
+    made.save(path)
+    cluster = Cluster.load(path)
+    names = [*made.devices, *made.idle]
+    masters = [names[group.hosts[0]] for group in cluster.instances]
+    sources, targets = (
+        [name for name, group in zip(masters, cluster.instances, strict=True) if group.role == role]
+        for role in ("prefill", "decode")
+    )
+    columns = simulated(cluster, every(5.0, 30)).columns
+    ends = [{sources[p], targets[d]} for p, d in zip(columns["prefill"], columns["decode"], strict=True)]
+    nbytes = 600 * made.kv_bytes
+    expected = [nbytes / 1e7 + 1 if pair == slow else nbytes / 1e9 for pair in ends]
+    assert slow in ends and columns["moved"] - columns["room"] == pytest.approx(expected)
+
+
+def test_a_router_that_knows_links_goes_where_the_link_of_a_pair_is_fast():
+    latency = Pipeline(prefill_token=1e-5, decode_stage=(0.01,) * 16)
+    groups = (
+        Group(role="prefill", hosts=(0,), latency=latency),
+        *(Group(role="decode", hosts=(host,), latency=latency) for host in (1, 2)),
+    )
+    network = Flat(hosts=3, bandwidth=1e8, rtt=0.0, pairs=((0, 2, 1e9, 0.0),))
+    cluster = Cluster(network=network, instances=groups, kv_bytes=1e5)
+    trace = every(10.0, 20)
+    told = expect(cluster, trace)
+    assert told.ratio == pytest.approx(10) and told.blind == pytest.approx((0.6 + 0.06) / 2)
+    simulation = Simulation(cluster, trace, policy("netkv"))
+    columns = simulation.run().columns
+    simulation.check()
+    assert set(columns["decode"]) == {1} and columns["moved"] - columns["room"] == pytest.approx(0.06)
 
 
 def test_a_place_is_kept_while_kv_moves_to_it():

@@ -121,6 +121,13 @@ class NetworkOracle(Protocol):
         """Tier between a host and others `[E]`."""
         ...
 
+    def way(self, peer: int, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes a second of a flow alone from a host to others `[E]`, and seconds until its first byte.
+
+        Those of the tier, unless two hosts have a link of their own.
+        """
+        ...
+
     def congestion(self, now: float) -> np.ndarray:
         """Share of each tier's bandwidth that others take, `[4]` in [0, 0.95], as last measured.
 

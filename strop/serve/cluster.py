@@ -134,7 +134,9 @@ class Cluster(Method):
     def from_dict(cls, data: Any) -> "Cluster":
         """Parse what a file says."""
         if not isinstance(data, dict) or data.get("strop") != VERSION:
-            raise StropError(f"a cluster is a mapping that starts with `strop: {VERSION}`")
+            raise StropError(
+                f"a cluster is a mapping that starts with `strop: {VERSION}`, or what `strop plan` wrote"
+            )
         rest = {key: value for key, value in data.items() if key != "strop"}
         groups = rest.pop("instances", None)
         if not isinstance(groups, list) or not groups:

@@ -156,8 +156,8 @@ def expect(cluster: Cluster, trace: Trace, rate: float = 1.0) -> Gain | None:
     nbytes = cluster.kv_bytes * prompts.mean()
     sent = nbytes * min((len(jobs) - 1) / max(span, LEAST), float((count / busy).sum()))
     load = float((sent * _crossing(network, *ends) / (1 - shares)).max())
-    tiers = np.bincount(network.tier(ends[0][:, None], ends[1]).ravel(), minlength=len(TIERS))
-    return gain((_alone(network, *ends) / slower).tolist(), tiers.tolist(), nbytes, seconds, load=load)
+    tiers, alone, counts = _ways(network, *ends)
+    return gain((alone / slower[tiers]).tolist(), counts.tolist(), nbytes, seconds, load=load)
 
 
 def _others(
@@ -184,15 +184,18 @@ def _others(
     return np.where(pairs, slower / np.maximum(pairs, 1) / SAMPLES, 1.0), shares / SAMPLES
 
 
-def _alone(network: Topology, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Bytes a second of a flow on each tier `[4]` that has its links to itself."""
-    tiers, (capacity, _) = network.tier(sources[:, None], targets), network.links()
-    found = network.tier_bandwidth.astype(float)
-    for tier in np.unique(tiers):
-        one, other = np.argwhere(tiers == tier)[0]
-        links = list(network.path(int(sources[one]), int(targets[other])))
-        found[tier] = capacity[links].min(initial=found[tier])
-    return found
+def _ways(
+    network: Topology, sources: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Kinds of ways `[K]`: tier, bytes a second of a flow that has its links to itself, pairs of hosts."""
+    tiers = network.tier(sources[:, None], targets).ravel()
+    limits = network.way(sources[:, None], targets)[0].ravel()
+    values, number = np.unique(limits, return_inverse=True)
+    _, first, counts = np.unique(tiers * len(values) + number, return_index=True, return_counts=True)
+    capacity, _ = network.links()
+    ends = zip(sources[first // len(targets)].tolist(), targets[first % len(targets)].tolist(), strict=True)
+    narrowest = [capacity[list(network.path(*pair))].min(initial=np.inf) for pair in ends]
+    return tiers[first], np.minimum(limits[first], narrowest), counts
 
 
 def _crossing(network: Topology, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:

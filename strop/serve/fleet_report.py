@@ -163,8 +163,13 @@ def notes(told: Mapping[str, Any]) -> list[str]:
     elif told["settings"]["seeds"] == 1:
         found.append("One seed bounds nothing: there are no intervals.")
     if told["trace"]["skipped"]:
-        found.append(f"{told['trace']['skipped']:,} bad rows of the trace were skipped.")
+        found.append(f"{skipped(told['trace']['skipped'])}.")
     return found
+
+
+def skipped(rows: int) -> str:
+    """How many rows of a trace were passed over."""
+    return f"{rows:,} bad {'row was' if rows == 1 else 'rows were'} skipped"
 
 
 def speed(told: Mapping[str, Any]) -> str:

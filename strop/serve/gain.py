@@ -60,10 +60,11 @@ def gain(
 ) -> Gain:
     """What to expect.
 
-    `bandwidth`: bytes a second that a transfer gets on each tier; `endpoints`: decode instances on each tier
-    as seen from a prefill instance; `nbytes`: of a prompt's KV, on average; `prefill`: seconds of TTFT that
-    are not transfer; `hit`: share of the KV that the decode instance has already; `room`: probability that an
-    instance has room; `load`: of the fullest link. Raises StropError where these make no sense.
+    `bandwidth`: bytes a second that a transfer gets on each tier, or over each kind of link; `endpoints`:
+    decode instances on each as seen from a prefill instance, on average; `nbytes`: of a prompt's KV, on
+    average; `prefill`: seconds of TTFT that are not transfer; `hit`: share of the KV that the decode instance
+    has already; `room`: probability that an instance has room; `load`: of the fullest link. Raises StropError
+    where these make no sense.
     """
     _check(bandwidth, endpoints, nbytes, prefill, hit, room, load)
     size = nbytes * (1 - hit)

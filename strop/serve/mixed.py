@@ -52,10 +52,13 @@ class Mixed(Decode):
         self.tune, self._away, self._returned = tune, deque[float](maxlen=RECENTLY), 0
         self._finished: list[Flight] = []
         """Those whose last chunk is in the iteration under way."""
+        self._unread = self._left = 0.0
+        """Seconds of the prompts that wait for room, and of what is left of those in `prompts`."""
 
     def submit(self, flight: Flight) -> None:
         if flight.before is not None:
             self._return(flight, flight.before)
+        self._unread += self._whole(flight)
         super().submit(flight)
         if self.prompts:
             self._wake()
@@ -77,6 +80,8 @@ class Mixed(Decode):
     def _compute(self, flight: Flight) -> None:
         """It has room: let its prompt wait to be computed."""
         self.store.unpin(flight.job.request.session, self.clock.now)
+        self._unread = self._unread - self._whole(flight) if self.waiting else 0.0
+        self._left += self.latency.prefill(flight.runs)
         self._queue(self.prompts, flight)
 
     def _queue(self, queue: deque[Flight], flight: Flight) -> None:
@@ -143,6 +148,7 @@ class Mixed(Decode):
             flight = self.prompts[0]
             if not flight.recomputed:
                 flight.begun = self.batch.time
+            self._left -= self.latency.prefill(flight.runs)
             n, before = flight.runs.pop(0)
             part = min(n, budget)
             budget -= part
@@ -152,13 +158,16 @@ class Mixed(Decode):
                 flight.runs.insert(0, (n - part, before + part))
             elif not flight.runs:
                 self._finished.append(self.prompts.popleft())
+            self._left = self._left + self.latency.prefill(flight.runs) if self.prompts else 0.0
         return taken
+
+    def _whole(self, flight: Flight) -> float:
+        """Seconds of a prompt of which nothing is cached."""
+        return self.latency.prefill([(flight.job.request.prompt, 0)])
 
     def _show(self) -> None:
         super()._show()
-        begun = sum(self.latency.prefill(flight.runs) for flight in self.prompts)
-        waiting = sum(self.latency.prefill([(flight.job.request.prompt, 0)]) for flight in self.waiting)
-        self.pool.ahead[self.number] = begun + waiting
+        self.pool.ahead[self.number] = self._left + self._unread
 
 
 def _turn(flight: Flight) -> tuple[bool, bool, float]:

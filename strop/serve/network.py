@@ -33,9 +33,10 @@ class Flow(NamedTuple):
 class Transfers(ABC):
     """Sends bytes between hosts: what all ways to share have in common.
 
-    Routes are numbered as they are first used: `_paths` `[R, LINKS]` are their links, `_ends` `[R, 2]` the
-    places of both ends in `_open` `[4 * pods]`, what others leave of a tier in a pod, and `_limits` `[R]` the
-    less of the two, kept up for routes with flows.
+    Routes are numbered as they are first used: `_paths` `[R, LINKS]` are their links, `_alone` `[R]` bytes a
+    second of a flow that nobody is in the way of, `_ends` `[R, 2]` the places of both ends in `_free`
+    `[4 * pods]`, the share that others leave of a tier in a pod, and `_limits` `[R]` what the less of the two
+    leaves of `_alone`, kept up for routes with flows.
     """
 
     def __init__(self, topology: Topology, clock: Clock, background: Background | None = None) -> None:
@@ -48,11 +49,9 @@ class Transfers(ABC):
         self._routes: dict[tuple[int, int], tuple[int, float, int, int]] = {}
         self._paths = np.full((ROOM, LINKS), -1, np.int32)
         self._ends = np.zeros((ROOM, 2), np.int64)
-        self._limits = np.zeros(ROOM)
-        self._latency = topology.tier_latency.tolist()
+        self._alone, self._limits = np.zeros(ROOM), np.zeros(ROOM)
         self._links, places = topology.links()
         self._link_places = places @ [topology.pods, 1]
-        self._tiers = np.repeat(topology.tier_bandwidth, topology.pods)
         self._listen()
 
     def send(self, source: int, target: int, nbytes: float, call: Callable[..., None], *args: Any) -> None:
@@ -65,7 +64,7 @@ class Transfers(ABC):
         number, latency, one, other = self._routes.get((source, target)) or self._route(source, target)
         if nbytes > 0:
             self.asked += nbytes
-            self._limits[number] = min(self._open[one], self._open[other])
+            self._limits[number] = self._alone[number] * min(self._free[one], self._free[other])
             self._begin(Flow(number, latency, nbytes, call, args))
         elif nbytes == 0:
             self.clock.at(self.clock.now + latency, call, *args)
@@ -87,9 +86,8 @@ class Transfers(ABC):
     def _listen(self) -> None:
         """Learn what others leave from now until `_until`."""
         congestion, self._until = self.traffic(self.clock.now)
-        free = 1 - congestion.ravel()
-        self._capacity = self._links * free[self._link_places]
-        self._open = self._tiers * free
+        self._free = 1 - congestion.ravel()
+        self._capacity = self._links * self._free[self._link_places]
 
     def _route(self, source: int, target: int) -> tuple[int, float, int, int]:
         """Number, latency and ends of a route that is new."""
@@ -97,12 +95,14 @@ class Transfers(ABC):
         path, tier = topology.path(source, target), int(topology.tier(source, target))
         if number == len(self._paths):
             self._paths = np.concatenate([self._paths, np.full_like(self._paths, -1)])
-            self._ends = np.concatenate([self._ends, np.zeros_like(self._ends)])
-            self._limits = np.concatenate([self._limits, np.zeros_like(self._limits)])
+            for name in ("_ends", "_alone", "_limits"):
+                column = getattr(self, name)
+                setattr(self, name, np.concatenate([column, np.zeros_like(column)]))
         one, other = (tier * topology.pods + topology.pod(host) for host in (source, target))
         self._paths[number, : len(path)] = path
         self._ends[number] = one, other
-        self._routes[source, target] = number, self._latency[tier], one, other
+        self._alone[number], latency = map(float, topology.way(source, target))
+        self._routes[source, target] = number, latency, one, other
         return self._routes[source, target]
 
 
@@ -168,7 +168,7 @@ class Network(Transfers):
     def _listen(self) -> None:
         super()._listen()
         routes = self._route_of[: len(self._flows)]
-        self._limits[routes] = self._open[self._ends[routes]].min(1)
+        self._limits[routes] = self._alone[routes] * self._free[self._ends[routes]].min(1)
 
     def _soonest_ends(self, version: int) -> None:
         if version == self._version:

@@ -22,6 +22,7 @@ class Static:
         self.bandwidth, self.latency = topology.tier_bandwidth, topology.tier_latency
         self._topology = topology
         self._tiers: dict[int, np.ndarray] = {}
+        self._ways: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def tier(self, peer: int, node: np.ndarray) -> np.ndarray:
         """Tier between a host and others `[E]`."""
@@ -29,6 +30,13 @@ class Static:
         if row is None:
             row = self._tiers[peer] = self._topology.tier(peer, np.arange(self._topology.hosts))
         return row[node]
+
+    def way(self, peer: int, node: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes a second of a flow alone from a host to others `[E]`, and seconds until its first byte."""
+        rows = self._ways.get(peer)
+        if rows is None:
+            rows = self._ways[peer] = self._topology.way(peer, np.arange(self._topology.hosts))
+        return rows[0][node], rows[1][node]
 
     def congestion(self, now: float) -> np.ndarray:
         """Share of each tier that others take `[4]`, not to be changed: here 0."""
@@ -82,20 +90,22 @@ class Measured(Static):
             raise StropError(f"weight must be above 0 and at most 1, got {weight}")
         self.weight, self.max_age = weight, max_age
         self.measured_at = np.full(len(TIERS), -np.inf)
-        self._throughput = np.zeros(len(TIERS))
+        self._got = np.zeros(len(TIERS))
+        """Share of the bandwidth."""
 
     def observe(self, peer: int, node: int, nbytes: float, seconds: float, now: float) -> None:
         """Learn from a transfer that ended `now` and took some seconds, latency included."""
         tier = int(self.tier(peer, np.int64(node)))
-        seconds -= self.latency[tier]
+        bandwidth, latency = self.way(peer, np.int64(node))
+        seconds -= float(latency)
         if nbytes <= 0 or seconds <= 0:
             return
-        seen, fresh = nbytes / seconds, now - self.measured_at[tier] <= self.max_age
+        got, fresh = nbytes / seconds / float(bandwidth), now - self.measured_at[tier] <= self.max_age
         weight = self.weight if fresh else 1.0
-        self._throughput[tier] += weight * (seen - self._throughput[tier])
+        self._got[tier] += weight * (got - self._got[tier])
         self.measured_at[tier] = now
 
     def congestion(self, now: float) -> np.ndarray:
         """Share of each tier that was not to be had `[4]`, as last measured."""
-        shares = np.clip(1 - self._throughput / self.bandwidth, 0, MOST)
+        shares = np.clip(1 - self._got, 0, MOST)
         return np.where(now - self.measured_at <= self.max_age, shares, 0.0)

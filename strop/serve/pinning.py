@@ -5,7 +5,8 @@ tool, and exponential before enough was.
 
 Ours, since the published summaries give no units: the cost of tau seconds is tau times the share of the store
 that the KV takes, so that benefit and cost are both seconds of the whole instance. Left out: priority of
-requests whose KV is pinned, and first come, first served by program, which are the queue's.
+requests whose KV is pinned, and first come, first served by program, which are the queue's. What a simulated
+instance (`strop.serve.mixed`) names as the benefit is prefill alone, not the queueing that a hit saves.
 """
 
 import math

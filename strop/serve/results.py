@@ -48,15 +48,12 @@ class Results:
         return np.where(later > 0, (c["ended"] - c["first"]) / np.maximum(later, 1), np.nan)
 
     def gap(self) -> float:
-        """Mean seconds between tokens, over tokens; 0 where no request has a second one."""
+        """Mean seconds of an iteration, over the tokens that they give; 0 where there is none."""
         n, first, last, requests = self.spans.T
         return float((n * requests * (first + last) / 2).sum() / max((n * requests).sum(), 1))
 
     def gaps(self, shares: Sequence[float]) -> np.ndarray:
-        """Quantiles of the time between tokens; iterations in a row take the mean of their ends.
-
-        0 where no request has a second token.
-        """
+        """Quantiles of the same; iterations in a row take the mean of their ends."""
         if not len(self.spans):
             return np.zeros(len(shares))
         n, first, last, requests = self.spans.T

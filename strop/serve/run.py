@@ -25,7 +25,7 @@ from strop.serve.base import TIERS
 from strop.serve.cluster import Cluster, is_plan
 from strop.serve.experiment import HELD_OUT, Draw, Experiment, Report, Settings, alike, experiment
 from strop.serve.export import SHOWN, write_requests, write_timeline
-from strop.serve.fleet_report import write_report
+from strop.serve.fleet_report import skipped, write_report
 from strop.serve.plan import DeploymentPlan
 from strop.serve.results import Results
 from strop.serve.routing import policy
@@ -89,7 +89,7 @@ def simulate(
     for name in settings.policies:
         require_fits(cluster, trace, policy(name))
     if about["skipped"]:
-        tell(f"{about['skipped']:,} bad rows were skipped; the first: {about['refusal']}.")
+        tell(f"{skipped(about['skipped'])}; the first: {about['refusal']}.")
     with alone(out) if out is not None else nullcontext():
         found = experiment(cluster, draw, settings, on, report, tell)
         given = [str(cluster_file), *_words(trace_file, settings, requests, skip_bad)]
@@ -186,12 +186,17 @@ def _facts(cluster: Cluster) -> dict[str, Any]:
 
 def _spelled(part: Method) -> str:
     """A part of a cluster with all its fields, such as `FatTree: pods 4, racks 2`."""
-    said = []
-    for name, value in part.fields().items():
-        values = value if isinstance(value, tuple) else (value,)
-        words = [_spelled(one) if isinstance(one, Method) else f"{one:g}" for one in values]
-        said.append(f"{name} {' / '.join(words)}")
+    said = [f"{name} {_value(value)}" for name, value in part.fields().items() if value != ()]
     return f"{type(part).__name__}: {', '.join(said)}"
+
+
+def _value(value: Any) -> str:
+    """A field of a part in words; of rows of numbers how many there are."""
+    if isinstance(value, Method):
+        return _spelled(value)
+    if isinstance(value, tuple):
+        return f"{len(value)} apart" if isinstance(value[0], tuple) else " / ".join(map(_value, value))
+    return f"{value:g}"
 
 
 def nearest(cluster: Cluster) -> str | None:

@@ -199,11 +199,16 @@ def require_fits(cluster: Cluster, trace: Trace, policy: RoutingPolicy) -> None:
             f"{type(policy).__name__} needs to know which blocks requests share, and {trace.name} does not "
             "say: take a trace with hashes, or another policy"
         )
-    room = min(group.kv_tokens for group in cluster.instances)
+    rooms = {
+        role: min(group.kv_tokens for group in cluster.instances if group.role == role)
+        for role in sorted({group.role for group in cluster.instances})
+    }
     for job in trace.all():
-        tokens = -(-(job.request.prompt + job.output) // trace.block) * trace.block
-        if tokens > room:
-            raise StropError(
-                f"request {job.request.id} of {trace.name} takes {tokens:,} tokens of KV and an instance "
-                f"holds {room:,}: raise kv_tokens, or leave it out of the trace"
-            )
+        for role, room in rooms.items():
+            answer = 0 if role == "prefill" else job.output
+            tokens = -(-(job.request.prompt + answer) // trace.block) * trace.block
+            if tokens > room:
+                raise StropError(
+                    f"request {job.request.id} of {trace.name} takes {tokens:,} tokens of KV and an instance "
+                    f"for {role} holds {room:,}: raise kv_tokens, or leave it out of the trace"
+                )

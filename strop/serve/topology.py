@@ -52,6 +52,14 @@ class Topology(Method, ABC):
         NICs carry that of tier 0, which is none.
         """
 
+    def way(self, a: int | np.ndarray, b: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes a second of a flow between hosts when nobody else is there, and seconds until its first byte.
+
+        Of the shape that `a` and `b` broadcast to; here those of their tier.
+        """
+        tier = self.tier(a, b)
+        return self.tier_bandwidth[tier], self.tier_latency[tier]
+
     def path(self, a: int, b: int) -> tuple[int, ...]:
         """Links from a host to another, `LINKS` at most. Raises StropError where a host does not exist."""
         for host in (a, b):
@@ -138,7 +146,11 @@ class FatTree(Topology):
 
 @dataclass(frozen=True)
 class Flat(Topology):
-    """Hosts at one switch that is never full, as at home or at the edge: tiers 0 and 1, one pod."""
+    """Hosts at one switch that is never full, as at home or at the edge: tiers 0 and 1, one pod.
+
+    Pairs of hosts may have a link of their own, slower or faster, which all between these two take, each way,
+    and nobody else.
+    """
 
     hosts: int = 2
     bandwidth: float = 115e6
@@ -147,12 +159,25 @@ class Flat(Topology):
     """Seconds there and back."""
     memory: float = 10e9
     """Bytes a second of a copy within a host."""
+    pairs: tuple[tuple[float, ...], ...] = ()
+    """Links of two hosts alone: both hosts, bytes a second, seconds there and back."""
 
     def __post_init__(self) -> None:
         require_count("hosts", self.hosts)
         require_amount("bandwidth", self.bandwidth)
         require_amount("rtt", self.rtt, zero=True)
         require_amount("memory", self.memory)
+        seen = set()
+        for pair in self.pairs:
+            ends = frozenset(pair[:2]) if isinstance(pair, tuple | list) and len(pair) == 4 else frozenset()
+            if len(ends) != 2 or not ends <= set(range(self.hosts)) or ends in seen:
+                raise StropError(
+                    f"each of pairs is two of the {self.hosts} hosts, a bandwidth and an rtt, and is there "
+                    f"once, got {quoted(pair)}"
+                )
+            seen.add(ends)
+            require_amount("bandwidth of a pair", pair[2])
+            require_amount("rtt of a pair", pair[3], zero=True)
 
     @property
     def pods(self) -> int:
@@ -172,8 +197,23 @@ class Flat(Topology):
     def pod(self, host: int | np.ndarray) -> int | np.ndarray:
         return host * 0
 
+    def way(self, a: int | np.ndarray, b: int | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        bandwidth, latency = super().way(a, b)
+        for one, other, own, rtt in self.pairs:
+            theirs = (np.equal(a, one) & np.equal(b, other)) | (np.equal(a, other) & np.equal(b, one))
+            bandwidth, latency = np.where(theirs, own, bandwidth), np.where(theirs, rtt / 2, latency)
+        return bandwidth, latency
+
+    def path(self, a: int, b: int) -> tuple[int, ...]:
+        switched = super().path(a, b)
+        for number, pair in enumerate(self.pairs):
+            if {a, b} == set(pair[:2]):
+                return (2 * (self.hosts + number) + (a > b),)
+        return switched
+
     def links(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.full(2 * self.hosts, float(self.bandwidth)), np.zeros((2 * self.hosts, 2), np.int64)
+        capacity = [*[float(self.bandwidth)] * self.hosts, *(float(pair[2]) for pair in self.pairs)]
+        return np.repeat(capacity, 2), np.zeros((2 * len(capacity), 2), np.int64)
 
 
 def require_count(name: str, value: int) -> None:

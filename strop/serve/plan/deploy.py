@@ -2,7 +2,7 @@
 
 Each replica follows the law of its slowest stage (arXiv 2606.03770): K stages of T seconds take in a prompt
 every T, have it done after K * T, and give each request a token every K * T. The slowest is that of the
-plan's mean request. Left out: links that pairs have of their own, over which KV moves as over all others.
+plan's mean request. KV moves from master to master, all of it, at the speed of the link between these two.
 """
 
 import math
@@ -57,7 +57,11 @@ def fleet(plan: DeploymentPlan) -> Cluster:
                 batch=max(replica.concurrency, 1),
             )
         )
-    network = Flat(hosts=len(number), bandwidth=link.bandwidth, rtt=link.rtt)
+    pairs = tuple(
+        (*sorted(number[name] for name in ends), own.bandwidth, own.rtt)
+        for ends, own in plan.links.pairs.items()
+    )
+    network = Flat(hosts=len(number), bandwidth=link.bandwidth, rtt=link.rtt, pairs=pairs)
     return Cluster(network=network, instances=tuple(groups), kv_bytes=plan.kv_bytes)
 
 

@@ -7,7 +7,7 @@ its prompt, and its tokens at the stage's share of a micro-batch.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -111,13 +111,15 @@ class Groups:
         load = self.costs.load(role, len(group))
         if not self.links.pairs or len(group) == 1:
             return self._split(group, role, load, slice(None)), [group] * len(load.micro)
-        orders = [self._order(group, load, choice) for choice in range(len(load.micro))]
-        parts = []
+        orders = self._orders(group, load)
+        alike: dict[tuple[int, ...], list[int]] = {}
         for choice, order in enumerate(orders):
-            parts.append(self._split(order, role, load, slice(choice, choice + 1)))
-        return Split(*(np.concatenate(part) for part in zip(*parts, strict=True))), orders
+            alike.setdefault(tuple(order), []).append(choice)
+        parts = [self._split(list(order), role, load, choices) for order, choices in alike.items()]
+        at = np.argsort(np.concatenate(list(alike.values())))
+        return Split(*(np.concatenate(part)[at] for part in zip(*parts, strict=True))), orders
 
-    def _split(self, order: list[int], role: str, load: Load, rows: slice) -> Split:
+    def _split(self, order: list[int], role: str, load: Load, rows: slice | list[int]) -> Split:
         """The dynamic programme over devices in an order, for some of the choices."""
         tables = [self.costs.table(k, role, len(order)) for k in order]
         transfer = [
@@ -130,12 +132,21 @@ class Groups:
             np.array(transfer)[:, rows],
         )
 
-    def _order(self, group: list[int], load: Load, choice: int) -> list[int]:
-        """The order whose slowest link is fastest: blocks are equal, so that nothing else depends on it."""
-        cost = {
-            (a, b): float(self.costs.transfer(a, b, load)[choice]) for a in group for b in group if a != b
-        }
-        return slowest_link_first(group, cost)
+    def _orders(self, group: list[int], load: Load) -> list[list[int]]:
+        """For each choice the order whose slowest link is fastest: blocks are equal, the rest is alike.
+
+        It follows from the ranks of the links, which hardly change from choice to choice.
+        """
+        pairs = list(combinations(group, 2))
+        known: dict[tuple[int, ...], list[int]] = {}
+        orders = []
+        for costs in np.array([self.costs.transfer(*pair, load) for pair in pairs]).T:
+            ranks = tuple(np.unique(costs, return_inverse=True)[1].tolist())
+            if ranks not in known:
+                both_ways = [*pairs, *((b, a) for a, b in pairs)]
+                known[ranks] = slowest_link_first(group, dict(zip(both_ways, 2 * ranks, strict=True)))
+            orders.append(known[ranks])
+        return orders
 
     def replica(self, mask: int, role: str) -> Replica:
         """A group's best replica in a role that it can serve in."""

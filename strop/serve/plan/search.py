@@ -107,7 +107,7 @@ def why_not(groups: Groups, objective: Objective) -> str:
             f"{decoding[fastest]:.3g}, with one request on {names}; lower --min-tps"
         )
     need = 2 * model.weight_bytes
-    have = sum(map(_holds, devices))
+    have = sum(_holds(device, model) for device in devices)
     if apart and have < need:
         return (
             f"prefill and decode need the weights of {model.name} each, {size(need)} in all, and the devices "
@@ -126,31 +126,45 @@ def all_masks(groups: Groups) -> list[int]:
     return [*(1 << k for k in range(len(groups.devices))), groups.everyone]
 
 
-def _holds(device: Device) -> float:
-    return device.memory + (device.offload.memory if device.offload else 0.0)
+def _holds(device: Device, model: ModelShape) -> float:
+    """Bytes of a model that lie on a device at most; RAM takes nothing but feed-forward parts."""
+    away = model.blocks * model.ffn_bytes
+    return device.memory + (min(device.offload.memory, away) if device.offload else 0.0)
 
 
 def _short(groups: Groups) -> str:
     """Which memory is short by how much."""
-    model, workload = groups.model, groups.workload
+    model, devices, workload = groups.model, groups.devices, groups.workload
     kv = sum(model.kept(workload.prompt))
-    need, have = model.weight_bytes + kv, sum(map(_holds, groups.devices))
-    told = f"{model.name} needs {size(need)}, of which {size(model.head_bytes)} on one device"
+    need, have = model.weight_bytes + kv, sum(_holds(device, model) for device in devices)
+    told = f"{model.name} needs {size(need)}, {size(kv)} of it for the KV of one prompt"
     if have < need:
         return (
             f"{told}, and all devices together hold {size(have)}: memory is short by {size(need - have)}; "
             "add a device, or take a smaller model"
         )
     block = model.block_bytes + kv / model.blocks
-    small = min(groups.devices, key=lambda device: device.memory)
-    master = max(groups.devices, key=lambda device: device.memory)
-    if master.memory < block + model.head_bytes:
-        lack = block + model.head_bytes - master.memory
+    plain = [_blocks(device, model, block) for device in devices]
+    master = [_blocks(device, model, block, model.head_bytes) for device in devices]
+    if not any(master):
+        largest = max(devices, key=lambda device: device.memory)
+        kept = block - model.ffn_bytes if largest.offload else block
         return (
-            f"{told} with a block of {size(block)}, and {master.name}, the largest, holds "
-            f"{size(master.memory)}: it is short by {size(lack)}"
+            f"{told}, and {size(model.head_bytes)} with a block of {size(block)} on one device, and "
+            f"{largest.name}, the largest, holds {size(largest.memory)}: it is short by "
+            f"{size(kept + model.head_bytes - largest.memory)}"
         )
+    most = max(sum(plain) - one + other for one, other in zip(plain, master, strict=True) if other)
     return (
-        f"{told} and {size(block)} for each block: no group of devices holds it, {small.name} the least with "
-        f"{size(small.memory)}; add memory"
+        f"{told} and {size(block)} for each of {model.blocks} blocks, of which the devices hold {most} in "
+        f"whole beside the head: memory is short by {size(max(model.blocks - most, 1) * block)}; add memory"
     )
+
+
+def _blocks(device: Device, model: ModelShape, block: float, head: float = 0.0) -> int:
+    """Whole blocks that a device holds beside a head, the feed-forward parts of some in RAM."""
+    free, ffn = device.memory - head, model.ffn_bytes
+    away = min(device.offload.memory // ffn, model.blocks) if device.offload and ffn else 0
+    if away * (block - ffn) > free:
+        return max(int(free // (block - ffn)), 0)
+    return int(min((free + away * ffn) // block, model.blocks))

@@ -4,7 +4,8 @@ arXiv 2606.03910: C(r, d) = T_xfer + T_queue + T_dec, in the three steps of its 
 transfers that this router has under way, with telemetry. The terms are the paper's, but their exact form is
 not at hand, so the formulas are reconstructed. Differs: gamma scales what a transfer under way costs, since
 links that share bandwidth only above several flows charge for it twice; load includes what the router has
-sent since the last report (`strop.serve.routing.load`).
+sent since the last report (`strop.serve.routing.load`); an endpoint has room where the prompt fits, and
+nothing is kept free for an answer, whose length no router knows.
 """
 
 from dataclasses import dataclass
@@ -41,9 +42,9 @@ class NetKVStatic(RoutingPolicy):
         oracle = context.oracle
         hit = endpoints.hits(request) if self.hits else np.zeros(len(endpoints))
         s_eff = context.kv_bytes * np.maximum(request.prompt - hit, 0)
-        seconds_a_byte = self.slowdown(context, peer) / oracle.bandwidth
-        tier = oracle.tier(peer, endpoints.node)
-        return s_eff * seconds_a_byte[tier] + oracle.latency[tier]
+        bandwidth, latency = oracle.way(peer, endpoints.node)
+        slowdown = self.slowdown(context, peer)[oracle.tier(peer, endpoints.node)]
+        return s_eff * (slowdown / bandwidth) + latency
 
     def slowdown(self, context: Context, peer: int) -> np.ndarray:
         """How many times as long a byte takes on each tier as on an empty one, `[4]`."""
