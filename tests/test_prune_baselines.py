@@ -142,6 +142,21 @@ def test_one_ranking_drops_the_least_channels_of_all_units():
         GlobalRanking(saving=0.9).plan_units(UNITS, NET)
 
 
+def test_one_ranking_in_blocks_leaves_the_rest_whole():
+    plan = GlobalRanking(saving=0.1, where="blocks").plan_units(UNITS, NET)
+    ranked = sorted(
+        (float(score), one.name) for one in UNITS.free() if one.where == "block" for score in l2(NET, one)
+    )
+    gone = Counter(name for _, name in ranked[: sum(gone for _, gone in _gone(plan))])
+    assert plan.saving >= 0.1 and dict(_gone(plan)) == gone
+    with pytest.raises(ValueError, match="where must be one of blocks, all"):
+        GlobalRanking(where="stem")
+
+
+def _gone(plan):
+    return [(row.name, row.width - row.kept) for row in plan.rows if row.kept < row.width]
+
+
 def test_one_ranking_steps_by_round_to_and_leaves_a_step():
     plan = GlobalRanking(saving=0.5, round_to=4).plan_units(UNITS, NET)
     assert all(row.kept == row.width or (row.kept >= 4 and row.kept % 4 == 0) for row in plan.rows)

@@ -12,11 +12,12 @@ from strop.prune.base import PruneMethod
 from strop.prune.baselines import GlobalRanking, Uniform, magnitude_masked
 from strop.prune.plan import PrunePlan
 
-ALL, BLOCKS, RANDOM, RANKING, MASKS = (
+ALL, BLOCKS, RANDOM, RANKING, RANKED_BLOCKS, MASKS = (
     "one rate for all",
     "one rate for blocks",
     "channels by lot",
-    "one ranking",
+    "one ranking of all channels",
+    "one ranking in blocks",
     "masks of weights",
 )
 MIDDLE = 0.6
@@ -86,13 +87,18 @@ def spent(plan: PrunePlan, allowed: float) -> float:
 def ways(draws: int) -> dict[str, list[Way]]:
     """Other ways to save as much as a plan, and their draws."""
 
+    def least(one: Subject, plan: PrunePlan, where: str) -> float:
+        return min(plan.saving, Uniform(rate=MOST, where=where).plan_units(one.units, one.model).saving)
+
     def uniform(where: str) -> Way:
         def found(one: Subject, plan: PrunePlan) -> nn.Module:
-            most = Uniform(rate=MOST, where=where).plan_units(one.units, one.model).saving
-            saving = min(plan.saving, most)
+            saving = least(one, plan, where)
             return thinned(one, Uniform(where=where).matching(saving, one.units, one.model))
 
         return found
+
+    def ranking(where: str) -> Way:
+        return lambda one, plan: thinned(one, GlobalRanking(saving=least(one, plan, where), where=where))
 
     def by_lot(seed: int) -> Way:
         return lambda one, plan: replace(plan, score="random", seed=seed).apply(one.model, one.units)
@@ -101,7 +107,8 @@ def ways(draws: int) -> dict[str, list[Way]]:
         ALL: [uniform("all")],
         BLOCKS: [uniform("blocks")],
         RANDOM: [by_lot(seed) for seed in range(draws)],
-        RANKING: [lambda one, plan: thinned(one, GlobalRanking(saving=plan.saving))],
+        RANKING: [ranking("all")],
+        RANKED_BLOCKS: [ranking("blocks")],
         MASKS: [lambda one, plan: magnitude_masked(one.model, plan.saving)],
     }
 

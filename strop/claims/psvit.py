@@ -10,7 +10,7 @@ import numpy as np
 from strop.claims.base import Claim, Paper, Table, Tables, graded, listed, on_a_gpu
 from strop.claims.prune_bed import LAYING, SCALES, Scale, lay
 from strop.claims.prune_reading import ABOVE, DENSE, Found, above, common, gap, lost, mean_of, of, over
-from strop.claims.prune_study import ALL, BLOCKS, MASKS, MIDDLE, RANDOM, RANKING
+from strop.claims.prune_study import ALL, BLOCKS, MASKS, MIDDLE, RANDOM, RANKED_BLOCKS, RANKING
 from strop.claims.psvit_study import (
     BEFORE,
     COLLAPSED,
@@ -51,6 +51,7 @@ def verdicts(tables: Tables, scale: Scale) -> list[Claim]:
         ),
         ahead(scale, plans, BLOCKS, 0.0, "the abstract has uniform rates first and finer ones after"),
         ahead(scale, plans, RANKING, 0.0, "not compared"),
+        ahead(scale, plans, RANKED_BLOCKS, 0.0, "not compared"),
         by_norm(scale, plans, uniform, ALL, MILD),
         by_norm(scale, plans, uniform, BLOCKS, HALF),
         masks(scale, plans),

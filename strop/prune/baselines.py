@@ -7,6 +7,7 @@ weights save no bytes: the tensors stay as large as they were.
 import copy
 import dataclasses
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +36,11 @@ class Uniform(PruneMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_rates("rate", (self.rate,))
-        if self.where not in WHERE:
-            raise ValueError(f"where must be one of {', '.join(WHERE)}, got {self.where!r}")
+        _require_place(self.where)
 
     def choose(self, search: Search) -> Choice:
         """The rate for every unit that is meant. Raises StropError where there is none."""
-        units = search.free if self.where == "all" else search.blocks
-        if not units:
-            raise StropError('no channels in blocks can be cut: use where="all"')
-        return Choice(counts=search.counts(units, self.rate))
+        return Choice(counts=search.counts(_meant(search, self.where), self.rate))
 
     def matching(self, saving: float, units: Units, model: nn.Module) -> "Uniform":
         """The same at the smallest rate, in thousandths, that saves as much.
@@ -74,14 +71,19 @@ class GlobalRanking(PruneMethod):
 
     saving: float = 0.25
     """Share of the parameters that goes."""
+    where: str = "all"
+    """All units that planners may cut, or those in "blocks"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_share("saving", self.saving)
+        _require_place(self.where)
 
     def choose(self, search: Search) -> Choice:
         """The shortest run of steps that saves enough. Raises StropError where all of them do not."""
-        steps = [step for unit in search.free for step in self.steps(unit, search.scores(unit))]
+        steps = [
+            step for unit in _meant(search, self.where) for step in self.steps(unit, search.scores(unit))
+        ]
         steps.sort(key=lambda step: step[0])
 
         def counts(taken: int) -> dict[str, int]:
@@ -103,6 +105,19 @@ class GlobalRanking(PruneMethod):
             found.append((mean, unit.name, unit.heads * stay))
             before = stay
         return found
+
+
+def _require_place(where: str) -> None:
+    if where not in WHERE:
+        raise ValueError(f"where must be one of {', '.join(WHERE)}, got {where!r}")
+
+
+def _meant(search: Search, where: str) -> Sequence[Unit]:
+    """The units of a place. Raises StropError where there are none."""
+    units = search.free if where == "all" else search.blocks
+    if not units:
+        raise StropError('no channels in blocks can be cut: use where="all"')
+    return units
 
 
 @torch.no_grad()
