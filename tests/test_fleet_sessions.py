@@ -8,7 +8,7 @@ from routing import identical
 
 from strop.core.blocks import KVStore
 from strop.core.chunks import Fixed
-from strop.core.evict import EVICTORS
+from strop.core.evict import ONLINE
 from strop.core.evict.asymcache import AsymCache
 from strop.core.evict.worth import Reuse
 from strop.serve.base import Job, Request, Trace
@@ -174,7 +174,7 @@ def simulate(made: Trace, hosts: int = 1, policy: str = "jsq", **fields):
     return results
 
 
-@pytest.mark.parametrize("name", [name for name in EVICTORS if name != "belady"])
+@pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("order", ["fcfs", "program"])
 def test_no_turn_is_lost_whatever_is_pinned(name, order):
     made = agents(40, rate=3.0, seed=2)

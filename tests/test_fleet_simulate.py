@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from routing import identical
 
 from strop.core.errors import StropError
-from strop.core.evict import EVICTORS
+from strop.core.evict import ONLINE
 from strop.serve.background import Constant, RandomWalk
 from strop.serve.base import Job, Request, Trace
 from strop.serve.batch import Batch
@@ -120,7 +120,7 @@ def test_nothing_is_lost_under_any_policy_and_runs_repeat(name):
     assert sum(n * b for n, _, _, b in one.spans) == one.columns["output"].sum()
 
 
-@pytest.mark.parametrize("name", [name for name in EVICTORS if name != "belady"])
+@pytest.mark.parametrize("name", ONLINE)
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_that_is_short_is_waited_for(name, shared):
     roles = ("both",) if shared else ("prefill", "decode")

@@ -24,7 +24,7 @@ BLOCK = 32
 PLUGIN = "strop.serve.vllm_plugin.scheduler"
 SCATTER = """
 import random, sys
-from strop.core.evict import EVICTORS, LRU
+from strop.core.evict import LRU, ONLINE
 
 class Scattered(LRU):
     "Any block may go, so that sequences have many holes."
@@ -36,7 +36,7 @@ class Scattered(LRU):
         del self.blocks[block]
         return block
 
-EVICTORS["scattered"] = lambda around: Scattered()
+ONLINE["scattered"] = lambda around: Scattered()
 sys.path.insert(0, sys.argv.pop(1))
 import serve_sessions
 serve_sessions.main(*sys.argv[1:])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from strop.core.bits import BYTE_WIDTHS
 from strop.core.errors import StropError
-from strop.core.evict import EVICTORS
+from strop.core.evict import ONLINE
 from strop.core.method import Method
 from strop.kv.documents import DocumentStore
 from strop.kv.kvarn import KVarN
@@ -85,13 +85,12 @@ class Segments(ReuseMethod):
 
     kind: ClassVar[str] = "strop.kv.SegmentCache"
     evictor: str = "asymcache"
-    """Which block goes first, by its name in `strop.core.evict`."""
+    """Which block goes first, by its name in `strop.core.evict.ONLINE`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = [name for name in EVICTORS if name != "belady"]
-        if self.evictor not in known:
-            raise ValueError(f"evictor must be one of {', '.join(known)}, got {self.evictor}")
+        if self.evictor not in ONLINE:
+            raise ValueError(f"evictor must be one of {', '.join(ONLINE)}, got {self.evictor}")
 
     @property
     def lossless(self) -> bool:  # type: ignore[override]

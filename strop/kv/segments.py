@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from strop.core.chunks import BatchPolicy
 from strop.core.errors import StropError
-from strop.core.evict import EVICTORS, Surroundings
+from strop.core.evict import ONLINE, Surroundings
 from strop.core.evict.worth import RecomputeCost, Reuse
 from strop.core.sampling import KeyedSampler
 from strop.kv.base import KVShape
@@ -50,18 +50,18 @@ class SegmentCache:
         """At most `pages` of `page` tokens, for a `strop.Model` or a transformers model and its tokenizer.
 
         None holds four contexts of the model, 32,768 tokens at most.
-        `evictor` is a name of `strop.core.evict`, which hears what computing a block again costs (by default
-        in operations of this model) and how likely a block is used again. A `codec` packs pages, of which
-        `open_pages` stay in 16 bits: see `PagedStore`. Raises StropError for an evictor that there is not, a
-        model whose keys cannot be moved, and sizes that do not fit.
+        `evictor` is a name of `strop.core.evict.ONLINE`, which hears what computing a block again costs (by
+        default in operations of this model) and how likely a block is used again. A `codec` packs pages, of
+        which `open_pages` stay in 16 bits: see `PagedStore`. Raises StropError for an evictor that there is
+        not, a model whose keys cannot be moved, and sizes that do not fit.
         """
         self.texts = Texts.of(model, tokenizer)
-        if evictor not in EVICTORS:
-            raise StropError(f"there is no evictor {evictor!r}: choose one of {', '.join(EVICTORS)}")
+        if evictor not in ONLINE:
+            raise StropError(f"there is no evictor {evictor!r}: choose one of {', '.join(ONLINE)}")
         pages = self.texts.pages(pages, page)
         cost = operations(self.texts.model, page) if cost is None else cost
         around = Surroundings(pages, cost, Reuse(LIFESPAN_S) if reuse is None else reuse)
-        self.store = PagedStore(self.texts.model, pages, page, EVICTORS[evictor](around), codec, open_pages)
+        self.store = PagedStore(self.texts.model, pages, page, ONLINE[evictor](around), codec, open_pages)
         self.engine = Engine(self.texts.model, self.store, chunks, clock)
 
     def generate(

@@ -6,7 +6,7 @@ from typing import Any
 
 from strop.core.chunks import CHUNKS, BatchPolicy, Fixed
 from strop.core.errors import StropError, quoted
-from strop.core.evict import EVICTORS
+from strop.core.evict import ONLINE
 from strop.core.evict.worth import Reuse
 from strop.core.files import did_you_mean
 from strop.core.method import Method
@@ -62,9 +62,8 @@ class Group(Method):
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {self.role!r}")
-        known = [name for name in EVICTORS if name != "belady"]
-        if self.evict not in known:
-            raise ValueError(f"unknown evictor {self.evict!r}; {did_you_mean(self.evict, known)}")
+        if self.evict not in ONLINE:
+            raise ValueError(f"unknown evictor {self.evict!r}; {did_you_mean(self.evict, list(ONLINE))}")
         for name, most in MOST.items():
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 
 from strop.core.blocks import KVStore
 from strop.core.errors import StropError
-from strop.core.evict import EVICTORS, Surroundings
+from strop.core.evict import ONLINE, Surroundings
 from strop.serve.background import period_of
 from strop.serve.base import Context, Job, LocalState, RoutingPolicy, Trace
 from strop.serve.cluster import Cluster, Group
@@ -126,7 +126,7 @@ class Simulation:
     def _store(self, number: int, group: Group, pool: Pool) -> KVStore:
         capacity = group.kv_tokens // self.trace.block
         around = Surroundings(capacity, group.latency.cost(self.trace.block), group.reuse)
-        return KVStore(capacity, EVICTORS[group.evict](around), pool.index, number)
+        return KVStore(capacity, ONLINE[group.evict](around), pool.index, number)
 
     def _expect(self, number: int) -> None:
         """Ask for the arrival of a job of the trace, which asks for the next one."""

@@ -32,11 +32,12 @@ def _belady(around: Surroundings) -> Belady:
     return Belady(around.cost, around.future)
 
 
-EVICTORS: dict[str, Callable[[Surroundings], Evictor]] = {
+ONLINE: dict[str, Callable[[Surroundings], Evictor]] = {
     "lru": lambda around: LRU(),
     "max-score": lambda around: MaxScore(around.reuse),
     "pensieve": lambda around: Pensieve(around.cost),
     "asymcache": lambda around: AsymCache(around.cost, around.reuse),
     "ghost": lambda around: Ghost(around.capacity, around.cost),
-    "belady": _belady,
 }
+"""Those that know nothing of what is to come."""
+EVICTORS = ONLINE | {"belady": _belady}

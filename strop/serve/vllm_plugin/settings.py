@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from strop.core.errors import StropError, quoted
-from strop.core.evict import EVICTORS, Surroundings
+from strop.core.evict import ONLINE, Surroundings
 from strop.core.evict.base import Evictor
 from strop.core.evict.worth import RecomputeCost, Reuse
 from strop.core.nodes import construct
@@ -15,7 +15,7 @@ class Settings:
     """How blocks leave the cache, and whether what is left behind a hole is used."""
 
     evictor: str = "ghost"
-    """A name of `EVICTORS`; `ghost` finds out by itself which of the others pays."""
+    """A name of `strop.core.evict.ONLINE`; `ghost` finds out by itself which of the others pays."""
     lifespan: float = 600.0
     """Seconds within which blocks are mostly used again, for `asymcache` and `max-score`."""
     context: int = 30_000
@@ -24,8 +24,8 @@ class Settings:
     """Whether cached blocks behind a missing one are used."""
 
     def __post_init__(self) -> None:
-        if self.evictor not in EVICTORS or self.evictor == "belady":
-            known = ", ".join(sorted(EVICTORS.keys() - {"belady"}))
+        if self.evictor not in ONLINE:
+            known = ", ".join(sorted(ONLINE))
             raise StropError(f"strop.evictor must be one of {known}; got {quoted(self.evictor)}")
         if self.context < 1:
             raise StropError(f"strop.context is tokens, at least 1; got {self.context}")
@@ -39,4 +39,4 @@ class Settings:
     def make(self, capacity: int, block_size: int) -> Evictor:
         """The evictor for so many blocks of so many tokens; only the ratio of its costs matters."""
         cost = RecomputeCost.of(1.0, 1.0 / self.context, block_size)
-        return EVICTORS[self.evictor](Surroundings(capacity, cost, Reuse(self.lifespan)))
+        return ONLINE[self.evictor](Surroundings(capacity, cost, Reuse(self.lifespan)))
