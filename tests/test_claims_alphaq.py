@@ -7,6 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
+from claiming import require_whole
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from strop.claims import alphaq_bed
@@ -26,7 +27,7 @@ from strop.claims.alphaq_plans import (
     uniform,
 )
 from strop.claims.alphaq_text import Texts
-from strop.claims.base import VERDICTS, Table
+from strop.claims.base import Table
 from strop.claims.codec_bed import Progress
 from strop.kv import attach
 from strop.weights import GPTQ, RTN
@@ -101,17 +102,7 @@ def tables(bed) -> tuple[dict[str, Table], list[float]]:
 
 
 def test_every_claim_says_everything(tables):
-    found = verdicts(tables[0], TINY)
-    assert len(found) == 15
-    for claim in found:
-        assert claim.paper == "alphaq" and claim.scale == "tiny" and claim.verdict in VERDICTS
-        assert all((claim.claim, claim.paper_value, claim.measured, claim.varied, claim.reason))
-        if claim.verdict == "needs a GPU":
-            assert claim.interval is None
-        else:
-            assert claim.seeds >= 2 and claim.details and claim.seconds >= 0
-            assert claim.interval[0] <= claim.interval[1]
-    json.dumps([claim.to_dict() for claim in found], allow_nan=False)
+    require_whole(verdicts(tables[0], TINY), 15, "alphaq")
 
 
 def test_progress_never_goes_back_and_ends_in_time(tables):

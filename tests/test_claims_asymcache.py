@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from claiming import require_whole
 
-from strop.claims import PAPERS
 from strop.claims.asymcache import harmless, pressed, robust, verdicts
 from strop.claims.asymcache_bed import (
     ASYM,
@@ -41,7 +41,7 @@ from strop.claims.asymcache_study import (
 )
 from strop.claims.asymcache_use import TIMES, brings, cells, shrinking, together, unshrunk
 from strop.claims.asymcache_use import served as use_served
-from strop.claims.base import VERDICTS, Progress, Table, joined
+from strop.claims.base import Progress, Table, joined
 from strop.core.evict.asymcache import AsymCache
 from strop.core.evict.worth import Reuse
 from strop.serve.base import Job, Request, Trace
@@ -84,14 +84,7 @@ def tables(bed):
 
 
 def test_every_claim_says_everything(tables):
-    found = verdicts(tables[0], TINY)
-    assert len(found) == 12
-    for claim in found:
-        assert claim.paper == "asymcache" in PAPERS and claim.scale == "tiny"
-        assert claim.verdict in VERDICTS and claim.details and claim.seeds >= 2
-        assert all((claim.claim, claim.paper_value, claim.measured, claim.varied, claim.reason))
-        assert claim.interval is None or claim.interval[0] <= claim.interval[1]
-    json.dumps([claim.to_dict() for claim in found], allow_nan=False)
+    require_whole(verdicts(tables[0], TINY), 12, "asymcache", bare=0)
 
 
 def test_progress_never_goes_back_and_ends_in_time(tables):

@@ -1,16 +1,16 @@
 """Claims of PSViT and PrimeSVT: experiments run and repeat, controls behave; no hypothesis is tested."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import torch
+from claiming import require_whole
 from prune_models import spiking
 from torch import nn
 
-from strop.claims import PAPERS, primesvt, prune_bed, psvit
-from strop.claims.base import VERDICTS, Progress, Table, joined
+from strop.claims import primesvt, prune_bed, psvit
+from strop.claims.base import Progress, Table, joined
 from strop.claims.primesvt_study import MEET, RESERVED, SIZE, SMALLEST, Untied, digit_study
 from strop.claims.prune_bed import Answers, Bed, Scale, Subject, halves, lay
 from strop.claims.prune_reading import DENSE, above, gap, halved, lost, over, quotient
@@ -84,15 +84,7 @@ def measured(bed):
 @pytest.mark.parametrize(("name", "count"), [("psvit", 12), ("primesvt", 10)])
 def test_every_claim_has_a_verdict_and_plain_details(measured, name, count):
     tables, shares, steps = measured[name]
-    found = PAPERS_HERE[name].verdicts(tables, TINY)
-    assert len(found) == count and all(claim.paper == name in PAPERS for claim in found)
-    assert len({claim.claim for claim in found}) == len(found)
-    for claim in found:
-        assert claim.verdict in VERDICTS and claim.scale == "tiny"
-        if claim.verdict != "needs a GPU":
-            low, high = claim.interval
-            assert low <= high and claim.details and claim.seeds >= TINY.splits
-    json.dumps([claim.to_dict() for claim in found], allow_nan=False)
+    require_whole(PAPERS_HERE[name].verdicts(tables, TINY), count, name, seeds=TINY.splits)
     assert len(shares) == steps and shares == sorted(shares) and max(shares) < 1
 
 

@@ -1,13 +1,13 @@
 """Claims of TreeFlash and CaDDTree: experiments run, controls behave; no hypothesis is tested."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
+from claiming import require_whole
 
-from strop.claims import PAPERS, caddtree, treeflash
-from strop.claims.base import VERDICTS, Table
+from strop.claims import caddtree, treeflash
+from strop.claims.base import Table
 from strop.claims.caddtree import predicted, speed_claims
 from strop.claims.caddtree_replays import adapts, against, insensitive, matches
 from strop.claims.caddtree_study import (
@@ -88,17 +88,7 @@ def cost(bed: Bed, name: str, progress: Progress) -> CostModel:
 
 @pytest.mark.parametrize(("paper", "count"), [(treeflash, 7), (caddtree, 10)])
 def test_every_claim_says_everything(measured, paper, count):
-    found = paper.verdicts(measured[0][paper], TINY)
-    assert len(found) == count
-    for claim in found:
-        assert claim.paper in PAPERS and claim.scale == "tiny" and claim.verdict in VERDICTS
-        assert all((claim.claim, claim.paper_value, claim.measured, claim.varied, claim.reason))
-        if claim.verdict == "needs a GPU":
-            assert claim.interval is None
-        else:
-            assert claim.seeds >= 2 and claim.details and claim.seconds >= 0
-            assert claim.interval[0] <= claim.interval[1]
-    json.dumps([claim.to_dict() for claim in found], allow_nan=False)
+    require_whole(paper.verdicts(measured[0][paper], TINY), count, paper.__name__.rpartition(".")[2])
 
 
 @pytest.mark.parametrize("paper", [treeflash, caddtree])
