@@ -104,8 +104,8 @@ def test_documents_are_a_row_with_its_first_token_and_what_it_computed(folder, t
 def test_sessions_lose_nothing_and_holes_are_counted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "LEAST_ROUNDS", 12)
     study = tune(str(folder), sessions(tmp_path), tmp_path / "out", Settings(max_drop=0.9, dtype="fp32"))
-    full, half = study["rows"][1:]
-    assert [row["slots"]["reuse"].split()[0] for row in (full, half)] == ["segments"] * 2
+    full, half, packed = study["rows"][1:]
+    assert [row["slots"]["reuse"].split()[0] for row in (full, half, packed)] == ["segments"] * 3
     for row in (full, half):
         assert row["status"] == "measured", row["reason"]
         assert row["quality"]["agreement"] == 1.0 and row["quality"]["drop_hi"] < 1e-4
@@ -113,6 +113,16 @@ def test_sessions_lose_nothing_and_holes_are_counted(folder, tmp_path, monkeypat
     assert full["reuse"]["computed_tokens"] == full["reuse"]["prefix_computed_tokens"]
     assert full["reuse"]["computed_tokens"] < full["reuse"]["prompt_tokens"]
     assert half["memory"]["kv_bytes"] < full["memory"]["kv_bytes"]
+    assert packed["status"] == "measured" and packed["quality"]["kl"] > 0
+    assert packed["memory"]["kv_bytes"] < full["memory"]["kv_bytes"]
+
+
+def test_long_documents_are_tried_packed():
+    def bits(length):
+        asks = [shared.Ask((), ((1,) * length, (2,) * length), (3,), 0, None, (), 8)]
+        return [method.bits for method in shared.reuse_methods(asks)]
+
+    assert bits(100) == [16, 16] and bits(300) == [16, 16, 4]
 
 
 def test_right_answers_behind_documents_count_for_the_drop(tmp_path):

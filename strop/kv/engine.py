@@ -212,7 +212,7 @@ class Engine:
         if (need := request.open_pages(self.store)) >= self.store.open_pages:
             raise StropError(
                 f"this request keeps {need} pages in 16 bits, beside one that is computed, and the store has "
-                f"{self.store.open_pages} of them: give it more open_pages"
+                f"{self.store.open_pages} of them: give it more open_pages, or a recipe more pages"
             )
 
 

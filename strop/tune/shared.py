@@ -11,6 +11,8 @@ from strop.tasks.data import Row
 
 PAGE = 16
 """Tokens of a page that is tried."""
+PACKED = 4
+"""Bits of a number in pages that are tried packed."""
 TIMED = 32
 """Tokens that are written while the first one is timed, at most."""
 CONTINUATION = 48
@@ -71,7 +73,7 @@ def _asks(model: Model, rows: Iterable[Row], answer_tokens: int) -> Iterable[Ask
 
 
 def reuse_methods(found: Sequence[Ask]) -> tuple[Method, ...]:
-    """What `tune` tries: pages for all documents, with and without repair; for all turns, and for half.
+    """What `tune` tries: pages for all documents, repaired, packed; for all turns, for half of them, packed.
 
     There are never fewer than the longest prompt takes alone, read whole.
     """
@@ -83,11 +85,14 @@ def reuse_methods(found: Sequence[Ask]) -> tuple[Method, ...]:
         pages = sum(_pages(len(document)) + 1 for document in documents) + _pages(own)
         pages = max(pages, *longest)
         tried += [Documents(page=PAGE, pages=pages), Documents(page=PAGE, pages=pages, repair=PAGE)]
+        if 2 * max(len(ask.documents) for ask in found) + 3 <= pages // 4:  # else packing serves too few
+            tried.append(Documents(page=PAGE, pages=pages, bits=PACKED))
     turns = [ask for ask in found if not ask.documents]
     if turns:
         pages = _blocks([turn.query for turn in turns]) + len(turns) * _pages(TIMED) + max(longest)
         half = max(pages // 2, *longest)
         tried += [Segments(page=PAGE, pages=count) for count in dict.fromkeys((pages, half))]
+        tried.append(Segments(page=PAGE, pages=pages, bits=PACKED))
     return tuple(tried)
 
 
