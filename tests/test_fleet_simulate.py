@@ -117,7 +117,9 @@ def test_nothing_is_lost_under_any_policy_and_runs_repeat(name):
     cluster, made = fleet(background=RandomWalk(), reports=0.5), busy()
     one, two = (run(cluster, made, POLICIES[name](), seed=4) for _ in range(2))
     assert identical(one, two)
-    assert sum(n * b for n, _, _, b in one.spans) == one.columns["output"].sum()
+    stay = one.columns["tier"] < 0  # under Splitwise: the iteration that ends a prompt gives its first token
+    assert sum(n * b for n, _, _, b in one.spans) == one.columns["output"].sum() - stay.sum()
+    assert not stay.any() or name == "splitwise"
 
 
 @pytest.mark.parametrize("name", ONLINE)

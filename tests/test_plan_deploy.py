@@ -16,7 +16,7 @@ from strop.serve.cluster import Cluster, Group
 from strop.serve.experiment import expect
 from strop.serve.latency import Pipeline
 from strop.serve.plan import DeploymentPlan, Device, Exhaustive, Link, Links, Timing, Workload, planner
-from strop.serve.plan.deploy import fleet, pipeline
+from strop.serve.plan.deploy import fleet, pipeline, places
 from strop.serve.plan.plan import PREFILL
 from strop.serve.plan.roles import Mixed
 from strop.serve.routing import policy
@@ -84,7 +84,17 @@ def test_what_plan_writes_is_a_cluster_to_simulate(apart, mixed, tmp_path):
         for group, replica in zip(cluster.instances, made.replicas, strict=True):
             (master,) = (stage.device for stage in replica.stages if stage.master)
             assert [numbers[host] for host in group.hosts] == [master]
-            assert group.kv_tokens == replica.kv_tokens and group.batch == max(replica.concurrency, 1)
+            assert group.kv_tokens == replica.kv_tokens
+            assert group.batch == replica.concurrency or replica.role == PREFILL
+
+
+def test_a_lent_replica_decodes_as_many_as_keep_the_least_speed(apart):
+    for replica in (one for one in apart.replicas if one.role == PREFILL):
+        stages = len(replica.stages)
+        for requests in (1, 4, 9, 16):
+            least = 0.999 / replica.step_seconds(requests)
+            assert places(replica, least) == min(-(-requests // stages) * stages, 16)
+        assert places(replica, 1e9) == 1
 
 
 def test_a_cluster_that_is_no_plan_has_other_policies(tmp_path):

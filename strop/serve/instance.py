@@ -35,7 +35,7 @@ class Flight:
     """Pieces of its prompt that are to be computed."""
     prefill: int = -1
     decode: int = -1
-    """Numbers of the instances, each within its role."""
+    """Numbers of the instances, each within its role; where roles are lent in the fleet, prefill first."""
     tier: int = -1
     reused: int = 0
     """Prompt tokens that were not computed, since they were cached."""

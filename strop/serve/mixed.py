@@ -122,7 +122,8 @@ class Mixed(Decode):
 
     def _boundary(self, version: int) -> None:
         if version == self._version:
-            self.coming, self._finished = self._finished, []
+            self.coming += self._finished
+            self._finished = []
         super()._boundary(version)
 
     def _take_in(self, come: list[Flight]) -> None:

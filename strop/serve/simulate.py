@@ -2,12 +2,14 @@
 
 A request is routed to an instance that computes its prompt; when that is done, a policy picks the instance
 that decodes it (as in NetKV, arXiv 2606.03910), where memory is found first; then the KV that is not there
-yet crosses the network, and decoding begins. Where instances do both, the policy picks one at arrival. Left
-out: failures, preemption, admission control. A block counts as there from when its transfer begins.
+yet crosses the network, and decoding begins. Where instances do both, the policy picks one at arrival. Under
+Splitwise instances of one role are lent to the other (`strop.serve.lending`). Left out: failures, preemption,
+admission control. A block counts as there from when its transfer begins.
 """
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -21,6 +23,7 @@ from strop.serve.cluster import Cluster, Group
 from strop.serve.decode import Decode
 from strop.serve.events import Clock
 from strop.serve.instance import Flight, Pool
+from strop.serve.lending import Lendable, MixedPool
 from strop.serve.mixed import Mixed
 from strop.serve.network import Network
 from strop.serve.oracle import Telemetry
@@ -28,6 +31,7 @@ from strop.serve.pinning import ContinuumTTL
 from strop.serve.prefill import Prefill
 from strop.serve.results import TIMES, Results, collect
 from strop.serve.routing.jsq import JSQ
+from strop.serve.routing.splitwise import Splitwise
 
 
 class Router:
@@ -64,13 +68,18 @@ class Simulation:
         """Requests that are here, and whether reports of them are on their way."""
         self._pools: list[Pool] = []
         self._rng = np.random.default_rng(seed)
-        self.prefills: list[Prefill] = []
-        self.decodes: list[Decode] = []
+        self.prefills: Sequence[Prefill | Lendable] = []
+        self.decodes: Sequence[Decode] = []
+        self.lending: MixedPool | None = None
         if cluster.shared:
-            self.decoding = self._router("both", policy)
+            self.decoding = self._router(policy, "both")
             self.decodes = [self._mixed(i, group) for i, (_, group) in enumerate(cluster.of("both"))]
+        elif isinstance(policy, Splitwise):
+            self.prefilling = self.decoding = self._router(policy, "prefill", "decode")
+            self.lending = self._pooled(policy)
+            self.prefills = self.decodes = self.lending.instances
         else:
-            self.prefilling, self.decoding = self._router("prefill", JSQ()), self._router("decode", policy)
+            self.prefilling, self.decoding = self._router(JSQ(), "prefill"), self._router(policy, "decode")
             self.prefills = [self._prefill(i, group) for i, (_, group) in enumerate(cluster.of("prefill"))]
             self.decodes = [self._decode(i, group) for i, (_, group) in enumerate(cluster.of("decode"))]
 
@@ -93,12 +102,12 @@ class Simulation:
             instance.store.check()
             pinned = {block for _, blocks in instance.store.pinned.values() for block in blocks}
             assert instance.store.used == len(pinned) and not instance.waiting
-        asked = 0.0 if self.cluster.shared else sum(self._bytes(flight) for flight in self.flights)
+        asked = sum(self._bytes(flight) for flight in self.flights if flight.tier >= 0)
         assert abs(self.network.ended - asked) <= 1e-9 * asked
         self.network.check()
 
-    def _router(self, role: str, policy: RoutingPolicy) -> Router:
-        found, block = self.cluster.of(role), self.trace.block
+    def _router(self, policy: RoutingPolicy, *roles: str) -> Router:
+        found, block = [one for role in roles for one in self.cluster.of(role)], self.trace.block
         capacity = np.array([group.kv_tokens // block * block for _, group in found], dtype=np.int64)
         hosts = np.array([host for host, _ in found], dtype=np.int64)
         pool = Pool(hosts, capacity, block, self.cluster.reports > 0)
@@ -122,6 +131,18 @@ class Simulation:
         ttl = ContinuumTTL() if group.pin else None
         how = (group.chunk, group.holes, group.order, ttl, group.tune)
         return Mixed(number, pool, *parts, self._ended, *how)
+
+    def _pooled(self, policy: Splitwise) -> MixedPool:
+        """Instances of both roles in one, those for prompts first."""
+        pool, block = self.decoding.pool, self.trace.block
+        groups = [group for role in ("prefill", "decode") for _, group in self.cluster.of(role)]
+        instances = []
+        for i, group in enumerate(groups):
+            parts = (group.latency, self._store(i, group, pool), block, group.batch, self.clock)
+            how = (group.chunk, group.holes)
+            instances.append(Lendable(i, pool, *parts, self._send, self._ended, *how))
+        prompts = np.array([group.role == "prefill" for group in groups])
+        return MixedPool(policy.pending, instances, prompts, pool.live)
 
     def _store(self, number: int, group: Group, pool: Pool) -> KVStore:
         capacity = group.kv_tokens // self.trace.block
@@ -148,6 +169,8 @@ class Simulation:
         if self.cluster.shared:
             flight.decode = flight.prefill = self.decoding.pick(flight, self.clock.now)
             self.decodes[flight.decode].submit(flight)
+        elif self.lending is not None:
+            self.lending.place(flight)
         else:
             flight.prefill = self.prefilling.pick(flight, self.clock.now)
             self.prefills[flight.prefill].submit(flight)

@@ -54,7 +54,7 @@ def fleet(plan: DeploymentPlan) -> Cluster:
                 hosts=(number[master],),
                 latency=pipeline(replica, plan.workload),
                 kv_tokens=replica.kv_tokens,
-                batch=max(replica.concurrency, 1),
+                batch=places(replica, plan.min_tps),
             )
         )
     pairs = tuple(
@@ -63,6 +63,12 @@ def fleet(plan: DeploymentPlan) -> Cluster:
     )
     network = Flat(hosts=len(number), bandwidth=link.bandwidth, rtt=link.rtt, pairs=pairs)
     return Cluster(network=network, instances=tuple(groups), kv_bytes=plan.kv_bytes)
+
+
+def places(replica: Replica, min_tps: float) -> int:
+    """Requests that it decodes at once: of a prefill replica, if lent, as many as get `min_tps`, or 1."""
+    fast = [n for n in range(1, len(replica.pace) + 1) if replica.step_seconds(n) * min_tps <= 1]
+    return replica.concurrency or max(fast, default=1)
 
 
 def pipeline(replica: Replica, size: Workload) -> Pipeline:

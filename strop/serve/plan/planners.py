@@ -1,9 +1,9 @@
 """Planners by name.
 
 `splitwise` is the same search under a condition on roles (arXiv 2606.03770's baseline) and not the real
-Splitwise, whose pools borrow instances while they run: that would be a policy of the simulator, and is not
-built. How many replicas take each role is left to the search, and follows in the paper from the ratio of
-tokens in and out; so the baseline here is never the weaker one.
+Splitwise, whose pools lend instances while they run: that is a policy of the simulator, for any plan. How
+many replicas take each role is left to the search, and follows in the paper from the ratio of tokens in and
+out; so the baseline here is never the weaker one.
 """
 
 from collections.abc import Callable

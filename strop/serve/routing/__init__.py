@@ -13,6 +13,7 @@ from strop.serve.routing.least_loaded import LeastLoaded
 from strop.serve.routing.netkv import NetKV, NetKVSelf, NetKVStatic
 from strop.serve.routing.power_of_two import PowerOfTwo
 from strop.serve.routing.round_robin import RoundRobin
+from strop.serve.routing.splitwise import Splitwise
 from strop.serve.routing.topology import Topology
 
 POLICIES: dict[str, type[RoutingPolicy]] = {
@@ -23,6 +24,7 @@ POLICIES: dict[str, type[RoutingPolicy]] = {
     "cache-aware": CacheAware,
     "cache-load": CacheLoad,
     "topology": Topology,
+    "splitwise": Splitwise,
     "netkv-static": NetKVStatic,
     "netkv-self": NetKVSelf,
     "netkv": NetKV,
