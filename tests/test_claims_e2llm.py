@@ -13,6 +13,7 @@ from strop.claims.e2llm_bed import (
     FREE,
     LAN,
     LAYING,
+    LENDING,
     LENGTHS,
     MIXED,
     PERIODS,
@@ -27,7 +28,15 @@ from strop.claims.e2llm_bed import (
     random_devices,
 )
 from strop.claims.e2llm_study import GENETIC, MEANS, TRACES, parts, search_study, tail_study
-from strop.claims.e2llm_waiting import CELLS, decodes_faster, disaggregates, halves, keeps_speed, waits_less
+from strop.claims.e2llm_waiting import (
+    CELLS,
+    decodes_faster,
+    disaggregates,
+    halves,
+    keeps_speed,
+    waits_less,
+    waits_less_than_lending,
+)
 from strop.core.errors import StropError
 from strop.serve.plan import Workload
 
@@ -63,7 +72,7 @@ def measured(bed):
 def test_every_claim_has_a_verdict_and_plain_details(measured):
     tables, shares = measured
     found = e2llm.verdicts(tables, TINY)
-    assert len(found) == 8 and all(claim.paper == "e2llm" in PAPERS for claim in found)
+    assert len(found) == 9 and all(claim.paper == "e2llm" in PAPERS for claim in found)
     assert all(claim.verdict in VERDICTS and claim.scale == "tiny" for claim in found)
     json.dumps([claim.to_dict() for claim in found])
     assert len(shares) == LAYING + sum(one.steps for one in parts(TINY)) and max(shares) < 1
@@ -181,6 +190,24 @@ def test_half_the_waiting_must_be_seen_in_most_cells_and_is_told_of_the_median_o
     assert claim.verdict == verdict and claim.interval == pytest.approx((median, median))
     assert f" {median:.2f} in the median cell (" in claim.measured
     assert f" {worst:.2f} in the worst (" in claim.measured
+
+
+@pytest.mark.parametrize(("ahead", "verdict"), [(8, "reproduced"), (5, "partly"), (4, "not here")])
+def test_the_real_splitwise_is_judged_by_waiting_in_every_cell(ahead, verdict):
+    table = served({SPLITWISE: 40.0})
+    for data, period in CELLS[:ahead]:
+        table.where(plan=LENDING, data=data, period=period)[0]["wait"] = [20.0, 20.0]
+    claim = waits_less_than_lending(TINY, table)
+    assert claim.verdict == verdict and claim.interval == pytest.approx((0.5, 0.5))
+    assert LENDING in claim.claim and "judged beside the real Splitwise" in claim.reason
+
+
+def test_the_real_splitwise_runs_on_the_replicas_of_the_adapted_one(bed, measured):
+    size = Workload(*LENGTHS["extended"])
+    assert bed.plan(LENDING, size) == bed.plan(SPLITWISE, size)
+    rows = [measured[0]["waiting"].where(plan=plan, period=PERIODS[0]) for plan in (LENDING, SPLITWISE)]
+    assert all(one["replicas"] == other["replicas"] for one, other in zip(*rows, strict=True))
+    assert any(one["wait"] != other["wait"] for one, other in zip(*rows, strict=True))
 
 
 @pytest.mark.parametrize(("ahead", "verdict"), [(8, "reproduced"), (5, "partly"), (4, "not here")])

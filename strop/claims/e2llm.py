@@ -29,6 +29,7 @@ from strop.claims.e2llm_waiting import (
     keeps_speed,
     phase,
     waits_less,
+    waits_less_than_lending,
 )
 
 NEAR, NEARLY_ALL = 1.03, 0.95
@@ -49,6 +50,7 @@ def verdicts(tables: Tables, scale: Scale) -> list[Claim]:
         unconstrained(scale, search, runs),
         waits_less(scale, runs),
         halves(scale, runs),
+        waits_less_than_lending(scale, runs),
         decodes_faster(scale, runs),
         keeps_speed(scale, runs),
         bears_tails(scale, tables["tails"]),

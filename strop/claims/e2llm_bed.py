@@ -31,6 +31,7 @@ from strop.serve.plan.replica import Groups, Layout
 from strop.serve.plan.search import deployed
 from strop.serve.results import Results
 from strop.serve.routing.jsq import JSQ
+from strop.serve.routing.splitwise import Splitwise
 from strop.serve.simulate import Simulation
 from strop.serve.topology import Flat
 from strop.serve.traces.base import stream, waits
@@ -51,9 +52,10 @@ CV = 0.5
 BLOCK = 16
 """Tokens that memory is given out by where lengths are a trace's."""
 
-E2LLM, SPLITWISE, MIXED, SINGLE, MEMORY = (
+E2LLM, SPLITWISE, LENDING, MIXED, SINGLE, MEMORY = (
     "E2LLM",
     "adapted Splitwise",
+    "Splitwise with its mixed pool",
     "no disaggregation",
     "one pipeline",
     "one, by memory",
@@ -61,10 +63,12 @@ E2LLM, SPLITWISE, MIXED, SINGLE, MEMORY = (
 PLANNERS = {
     E2LLM: "exhaustive",
     SPLITWISE: "splitwise",
+    LENDING: "splitwise",
     MIXED: "mixed",
     SINGLE: "single",
     MEMORY: "memory",
 }
+"""The planner of each; with a mixed pool, replicas are those of adapted Splitwise, lent as they run."""
 E2LLM_TOLD, SPLITWISE_TOLD = "E2LLM as published", "Splitwise as published"
 TOLD: dict[str, dict[str, tuple[tuple[int, dict[str, int]], ...]]] = {
     E2LLM_TOLD: {
@@ -222,12 +226,12 @@ def drawn(data: str, requests: int, seed: int) -> Lengths:
     return Lengths(prompt, output)
 
 
-def serve(plan: DeploymentPlan, trace: Trace, network: str = LAN) -> Results:
-    """One run of a plan under join the shortest queue, checked."""
+def serve(plan: DeploymentPlan, trace: Trace, network: str = LAN, lending: bool = False) -> Results:
+    """One run of a plan under join the shortest queue, or as Splitwise with its mixed pool, checked."""
     cluster = fleet(plan)
     if network == FREE:
         cluster = replace(cluster, network=Flat(hosts=cluster.network.hosts, bandwidth=1e15, rtt=0.0))
-    return checked(Simulation(cluster, trace, JSQ()))
+    return checked(Simulation(cluster, trace, Splitwise() if lending else JSQ()))
 
 
 def waiting(results: Results) -> np.ndarray:
