@@ -20,12 +20,15 @@ from strop.claims.e2llm_bed import (
     PLANNERS,
     SPLITWISE,
     TOLD,
+    UNBOUND,
     Lengths,
     Scale,
     drawn,
     lay,
     predicted,
     random_devices,
+    serve,
+    waiting,
 )
 from strop.claims.e2llm_study import GENETIC, MEANS, TRACES, parts, search_study, tail_study
 from strop.claims.e2llm_waiting import (
@@ -208,6 +211,14 @@ def test_the_real_splitwise_runs_on_the_replicas_of_the_adapted_one(bed, measure
     rows = [measured[0]["waiting"].where(plan=plan, period=PERIODS[0]) for plan in (LENDING, SPLITWISE)]
     assert all(one["replicas"] == other["replicas"] for one, other in zip(*rows, strict=True))
     assert any(one["wait"] != other["wait"] for one, other in zip(*rows, strict=True))
+
+
+def test_by_memory_alone_more_decode_at_once_and_none_waits_for_a_place(bed):
+    size = Workload(*LENGTHS["extended"])
+    made = drawn("extended", 60, 0).trace("t", 0.5)
+    bound, free = (serve(bed.plan(name, size), made, name=name) for name in (LENDING, UNBOUND))
+    assert free.spans[:, 3].max() > 2 * bound.spans[:, 3].max()
+    assert waiting(free).mean() < waiting(bound).mean() and free.gap() > bound.gap()
 
 
 @pytest.mark.parametrize(("ahead", "verdict"), [(8, "reproduced"), (5, "partly"), (4, "not here")])

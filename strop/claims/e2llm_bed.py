@@ -49,13 +49,16 @@ FLOOR = 7.0
 """And those that it asks for, of random devices."""
 CV = 0.5
 """Coefficient of variation of lengths, Gamma-distributed: the paper gives means only."""
+MANY = 256
+"""Places of a replica where memory alone bounds it."""
 BLOCK = 16
 """Tokens that memory is given out by where lengths are a trace's."""
 
-E2LLM, SPLITWISE, LENDING, MIXED, SINGLE, MEMORY = (
+E2LLM, SPLITWISE, LENDING, UNBOUND, MIXED, SINGLE, MEMORY = (
     "E2LLM",
     "adapted Splitwise",
     "Splitwise with its mixed pool",
+    "the same by memory alone",
     "no disaggregation",
     "one pipeline",
     "one, by memory",
@@ -64,11 +67,13 @@ PLANNERS = {
     E2LLM: "exhaustive",
     SPLITWISE: "splitwise",
     LENDING: "splitwise",
+    UNBOUND: "splitwise",
     MIXED: "mixed",
     SINGLE: "single",
     MEMORY: "memory",
 }
-"""The planner of each; with a mixed pool, replicas are those of adapted Splitwise, lent as they run."""
+"""The planner of each. With a mixed pool, replicas are those of adapted Splitwise, lent as they run: with the
+places that the plan gives them, or by memory alone, as the original bounds them."""
 E2LLM_TOLD, SPLITWISE_TOLD = "E2LLM as published", "Splitwise as published"
 TOLD: dict[str, dict[str, tuple[tuple[int, dict[str, int]], ...]]] = {
     E2LLM_TOLD: {
@@ -226,12 +231,15 @@ def drawn(data: str, requests: int, seed: int) -> Lengths:
     return Lengths(prompt, output)
 
 
-def serve(plan: DeploymentPlan, trace: Trace, network: str = LAN, lending: bool = False) -> Results:
-    """One run of a plan under join the shortest queue, or as Splitwise with its mixed pool, checked."""
+def serve(plan: DeploymentPlan, trace: Trace, network: str = LAN, name: str = E2LLM) -> Results:
+    """One run of a plan as one of `PLANNERS` routes, checked: where none is lent, by the shortest queue."""
     cluster = fleet(plan)
     if network == FREE:
         cluster = replace(cluster, network=Flat(hosts=cluster.network.hosts, bandwidth=1e15, rtt=0.0))
-    return checked(Simulation(cluster, trace, Splitwise() if lending else JSQ()))
+    if name == UNBOUND:
+        wide = tuple(replace(group, batch=MANY) for group in cluster.instances)
+        cluster = replace(cluster, instances=wide)
+    return checked(Simulation(cluster, trace, Splitwise() if name in (LENDING, UNBOUND) else JSQ()))
 
 
 def waiting(results: Results) -> np.ndarray:

@@ -11,7 +11,6 @@ from strop.claims.e2llm_bed import (
     FLOOR,
     FREE,
     LAN,
-    LENDING,
     LENGTHS,
     MIXED,
     PERIODS,
@@ -92,7 +91,7 @@ def waiting_study(bed: Bed, progress: Progress, scale: Scale, data: str) -> list
             progress(f"{data}, every {period:g} s: {name}")
             row: Row = {**head, "period": period, "wait": [], "total": [], "rate": []}
             for one in lengths:
-                results = serve(plan, one.trace(data, period), lending=name == LENDING)
+                results = serve(plan, one.trace(data, period), name=name)
                 rates = 1 / results.tpot()
                 row["wait"].append(float(waiting(results).mean()))
                 row["rate"].append(float(np.nanmean(rates)))
