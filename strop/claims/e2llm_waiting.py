@@ -167,7 +167,7 @@ def waits_less_than_lending(scale: Scale, runs: Table) -> Claim:
         f"{', '.join(f'{p:g}' for p in PERIODS)} s: {told('wait', E2LLM, LENDING)}; time to the last token, "
         f"the same ratio: {told('total', E2LLM, LENDING)}; tokens a second of a request: "
         f"{told('rate', E2LLM, LENDING)}; waiting, {LENDING} / adapted Splitwise: "
-        f"{told('wait', LENDING, SPLITWISE)}; beside {UNBOUND}, which gives a request {_cells(rates)} tokens a "
+        f"{told('wait', LENDING, SPLITWISE)}; beside {UNBOUND}, which gives {_cells(rates)} tokens a "
         f"second: waiting {told('wait', E2LLM, UNBOUND)}, to the last token {told('total', E2LLM, UNBOUND)}",
         interval=ends,
         verdict=graded(less, [mostly(less)]),

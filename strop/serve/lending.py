@@ -6,10 +6,10 @@ answer where the least memory is scheduled, unless that is full. Where its pool 
 mixed pool is asked, then the best of the other pool is lent: it joins the mixed pool and returns when nothing
 is left for it to do. Where that has none either, the instance with the fewest tokens pending does both.
 
-Differs: an instance without memory for a prompt is no candidate, nor one without a place for an answer, since
-a plan's instances have so many; memory and place are taken when they are scheduled, so that no two instances
-wait for one another. A block counts as there from then. Not left out, as in routing by policies: how long an
-answer gets is known, as memory is scheduled for all of it.
+As there, memory is scheduled for a whole answer, whose length the rule therefore knows. Differs: an instance
+is full, too, where no place is left of those that it decodes in, and takes no prompt that its memory does not
+hold; memory and place are taken when they are scheduled, so that no two instances wait for one another, and a
+block counts as there from then.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,7 +71,7 @@ class Lendable(Mixed):
     def compute(self, flight: Flight) -> None:
         """Take in a prompt that decodes elsewhere and for which there is room."""
         self._look(flight)
-        self._hold(flight, self.prompt_alone(flight))
+        self._hold(flight, self.unhashed(flight))
         self._leaving += 1
         self._pending += flight.job.request.prompt
         self._left += self.latency.prefill(flight.runs)
@@ -89,14 +89,14 @@ class Lendable(Mixed):
 
     def release(self, flight: Flight) -> None:
         """The KV of a prompt has left: the blocks stay as cached ones."""
-        self.store.release(flight.job.request.blocks, self.prompt_alone(flight), self.clock.now)
+        self.store.release(flight.job.request.blocks, self.unhashed(flight), self.clock.now)
         self._leaving -= 1
         self._admit()
         if self.prompts:
             self._wake()
         self._show()
 
-    def prompt_alone(self, flight: Flight) -> int:
+    def unhashed(self, flight: Flight) -> int:
         """Blocks of the prompt that have no hash."""
         request = flight.job.request
         return -(-request.prompt // self.block) - len(request.blocks)
@@ -174,7 +174,7 @@ class MixedPool:
 
     def _pair(self, flight: Flight) -> tuple[int, int]:
         live, request, some = self.live, flight.job.request, self.instances[0]
-        part = (len(request.blocks) + some.prompt_alone(flight)) * some.block
+        part = (len(request.blocks) + some.unhashed(flight)) * some.block
         whole = some.tokens(flight)
         requests = live.running + live.waiting
         pending = live.queued + requests
