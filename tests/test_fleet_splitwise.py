@@ -96,6 +96,12 @@ def test_what_finds_neither_runs_where_fewest_tokens_are_pending():
     assert prompts[3:] == answers[3:] == [1, 2, 1, 2, 1, 2, 0, 1, 2]
 
 
+def test_no_request_is_given_to_an_instance_that_can_never_hold_it():
+    small, large = pools(1, 1, batch=1, kv_tokens=1104).instances[0], pools(1, 1, batch=1).instances[1]
+    cluster = Cluster(network=Flat(hosts=2), instances=(small, large), kv_bytes=1e5)
+    assert placed(cluster, trace([(0.0, 1000, 500), (4.0, 1000, 200)])) == ([0, 1], [1, 1])
+
+
 def unlike(seed: int) -> tuple[Simulation, int]:
     """Instances of all sizes that are much too few, and how many are for prompts."""
     rng = np.random.default_rng(seed)
