@@ -163,7 +163,7 @@ def _show_rivals(best: DeploymentPlan, plans: Mapping[str, DeploymentPlan | str]
         tables.say(reason)
     tables.say(
         "Mixed replicas are predicted as stages that read prompts and decode in turns, Splitwise as the same "
-        "search under its condition on roles; the real one, which lends instances, is a policy of simulate."
+        "search under its condition on roles; to have roles lent, simulate the plan under --policy splitwise."
     )
 
 

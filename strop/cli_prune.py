@@ -79,7 +79,7 @@ def prune(
     if out is None and not groups:
         raise StropError("where to write is missing: add -o DIR, or --groups")
     if plan is not None:
-        _require_alone(context)
+        _require_alone(context, seeded=recover is not None and "finetune" in recover)
     if out is not None:
         require_folder(out)
     console.quiet()
@@ -116,9 +116,10 @@ def prune(
         console.fail(f"no plan meets a drop of {100 * tolerance:.4g} % at most{asked}: see {out}", 1)
 
 
-def _require_alone(context: typer.Context) -> None:
-    """Raise StropError for an option that says how to search, beside a plan."""
-    for name in ("method", "tolerance", "saving", "mode", "order", "reserve", "round_to"):
+def _require_alone(context: typer.Context, seeded: bool) -> None:
+    """Raise StropError for an option that says how to search, beside a plan, whose seed parts the data."""
+    searching = ("method", "tolerance", "saving", "mode", "order", "reserve", "round_to")
+    for name in searching if seeded else (*searching, "seed"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = name.replace("_", "-")

@@ -304,3 +304,22 @@ class TestWorkload:
         lm.finish(requests[1::2])
         assert [request.reused_tokens for request in requests[1::2]] == [32, 40, 40]
         settled(lm)
+
+
+@pytest.mark.parametrize("open_pages", (3, 7, 9))
+def test_a_request_whose_names_are_another_s_waits_for_open_pages_as_well(open_pages):
+    alone, new = engine(pages=80, codec=CODEC, open_pages=40), 150
+    whole = Request(text(20, 3), new)
+    alone.finish([whole])
+    lm = engine(pages=80, codec=CODEC, open_pages=open_pages, chunks=Fixed(PAGE))
+    first, between = Request(text(20, 3), new), Request(text(300, 77), 2)
+    lm.submit(first)
+    for _ in range(5):
+        lm.step()
+    behind = Request(whole.tokens[:160], 4)
+    lm.submit(between)
+    lm.submit(behind)
+    lm.run()
+    assert [len(one.output) for one in (first, between, behind)] == [new, 2, 4]
+    assert behind.preemptions > 0 or open_pages == 3
+    lm.store.check()

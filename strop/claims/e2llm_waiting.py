@@ -147,7 +147,7 @@ def halves(scale: Scale, runs: Table) -> Claim:
 
 
 def waits_less_than_lending(scale: Scale, runs: Table) -> Claim:
-    """Mean waiting beside the real Splitwise's, which the paper does not compare with."""
+    """Mean waiting beside that of Splitwise's mixed pool, which the paper does not compare with."""
     found = {cell: _over(runs, "wait", E2LLM, LENDING, cell) for cell in CELLS}
     less = [high < 1 for _, (_, high) in found.values()]
     mean, ends = found["extended", CROWDED]
@@ -161,7 +161,7 @@ def waits_less_than_lending(scale: Scale, runs: Table) -> Claim:
     }
     return runs.claim(
         runs.where(plan=(E2LLM, SPLITWISE, LENDING, UNBOUND)),
-        claim=f"Requests wait less than under {LENDING}, the real one, at every period",
+        claim=f"Requests wait less than under {LENDING}, within the plan's places, at every period",
         paper_value="not compared: the paper's Splitwise is adapted and lends nothing",
         measured=f"mean waiting, E2LLM / {LENDING}, extended every {CROWDED:g} s {mean:.2f}; every "
         f"{', '.join(f'{p:g}' for p in PERIODS)} s: {told('wait', E2LLM, LENDING)}; time to the last token, "
@@ -171,7 +171,7 @@ def waits_less_than_lending(scale: Scale, runs: Table) -> Claim:
         f"second: waiting {told('wait', E2LLM, UNBOUND)}, to the last token {told('total', E2LLM, UNBOUND)}",
         interval=ends,
         verdict=graded(less, [mostly(less)]),
-        reason=f"judged beside the real Splitwise; whole intervals below 1, here {sum(less)} of eight, "
+        reason=f"whole intervals below 1, here {sum(less)} of eight, "
         "partly where most are; it runs on adapted Splitwise's replicas and lends them to the other role "
         f"above {Splitwise().pending:,.0f} pending prompt tokens or where no place is free; places are the "
         f"plan's, which keep {MIN_TPS:g} tokens a second; the original is bounded by memory alone, so that "

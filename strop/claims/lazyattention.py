@@ -89,7 +89,8 @@ def sooner(scale: Scale, table: Table) -> Claim:
         reason=f"reproduced from {SOONER} on, whole intervals, in both skewed pools, partly above 1; "
         "against the sooner of two ways: in place, as where no other request reads a document, which is so "
         "here, or beside each other, as where others do, so that copies drive each other out of the smaller "
-        "pool; the larger one holds every copy, so that turning and writing alone differ there; "
+        "pool; the larger one holds every copy, so that turning and writing alone differ there; sums of "
+        "turned pages are not timed; "
         f"{scale.documents} documents of {8 * scale.facts[0] + 3} to {8 * scale.facts[1] + 3} tokens, "
         f"{scale.read} a request, one request at a time; share of tokens computed at the first: "
         + listed(

@@ -87,18 +87,18 @@ def spent(plan: PrunePlan, allowed: float) -> float:
 def ways(draws: int) -> dict[str, list[Way]]:
     """Other ways to save as much as a plan, and their draws."""
 
-    def least(one: Subject, plan: PrunePlan, where: str) -> float:
+    def reachable(one: Subject, plan: PrunePlan, where: str) -> float:
         return min(plan.saving, Uniform(rate=MOST, where=where).plan_units(one.units, one.model).saving)
 
     def uniform(where: str) -> Way:
         def found(one: Subject, plan: PrunePlan) -> nn.Module:
-            saving = least(one, plan, where)
+            saving = reachable(one, plan, where)
             return thinned(one, Uniform(where=where).matching(saving, one.units, one.model))
 
         return found
 
     def ranking(where: str) -> Way:
-        return lambda one, plan: thinned(one, GlobalRanking(saving=least(one, plan, where), where=where))
+        return lambda one, plan: thinned(one, GlobalRanking(saving=reachable(one, plan, where), where=where))
 
     def by_lot(seed: int) -> Way:
         return lambda one, plan: replace(plan, score="random", seed=seed).apply(one.model, one.units)

@@ -115,7 +115,7 @@ class DocumentStore:
 
 
 def _several(documents: Sequence[Any]) -> Sequence[Any]:
-    """The documents. Raises StropError for one alone, whose letters would be taken for documents."""
-    if isinstance(documents, str | Document):
+    """The documents. Raises StropError for what is no list: letters would be taken for documents."""
+    if not isinstance(documents, Sequence) or isinstance(documents, str | Document):
         raise StropError("documents come in a list: put the one that there is into a list too")
     return documents

@@ -93,6 +93,8 @@ class Engine:
                 "the next request does not fit though none runs, since others hold pages of this store: "
                 "release them, or give the engine a store of its own"
             )
+        while self._opening() > self.store.writable():
+            self._preempt(self.running[-1])
         try:
             batch = self._batch()
             self._settle(batch, self.lm(batch.shares) if batch.shares else torch.empty(0, 1))
@@ -111,6 +113,14 @@ class Engine:
                 self._preempt(self.running[-1])
             if request.held:
                 held.pages += lease.anonymous
+
+    def _writing(self) -> list[Request]:
+        return [request for request in self.running if not held_by(request).todo and request.tokens]
+
+    def _opening(self) -> int:
+        """Pages that the next tokens open, where a codec packs the others."""
+        newest = (held_by(one).pages[(len(one.tokens) - 1) // self.store.page] for one in self._writing())
+        return sum(map(self.store.closed, newest))
 
     def _admit(self, now: float) -> None:
         """Start waiting requests in order, while there are pages for all that the next one has so far."""
@@ -151,7 +161,7 @@ class Engine:
 
     def _batch(self) -> Batch:
         """All decodes, and then prompts, the oldest first."""
-        writing = [request for request in self.running if not held_by(request).todo and request.tokens]
+        writing = self._writing()
         batch = Batch(self.store, self.chunks.chunk(len(writing)))
         for request in writing:
             batch.decode(request)

@@ -142,9 +142,10 @@ class Request:
         return pages_of(tokens, page) + sum(pages_of(place.repaired, page) for place in self.places())
 
     def open_pages(self, store: PagedStore) -> int:
-        """Pages that it keeps open at most where a codec packs the others; 0 without one.
+        """Pages that it keeps open where a codec packs the others; 0 without one.
 
-        The first page of each chain stays in 16 bits, and so do short ones and those without a name.
+        The first page of each chain stays in 16 bits, and so do short ones. Those whose name another request
+        was to write first come on top: they are not foreseen.
         """
         if store.pool.codec is None:
             return 0

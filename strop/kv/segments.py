@@ -81,7 +81,7 @@ class SegmentCache:
         self, turn: Turn, max_new_tokens: int = 64, seed: int | None = None, temperature: float = 1.0
     ) -> Request:
         """What `generate` does as a request for `engine`, to be run beside others."""
-        chat = not isinstance(turn, str) and len(turn) > 0 and isinstance(turn[0], dict)
+        chat = isinstance(turn, list | tuple) and len(turn) > 0 and isinstance(turn[0], dict)
         return Request(
             self.texts.chat(turn) if chat else self.texts.encode(turn, special=True),
             max_new_tokens,

@@ -178,12 +178,14 @@ def _planned(subject: Subject, units: Units, settings: Settings, report: Report)
 def _applied(plan: PrunePlan, subject: Subject, units: Units) -> PrunePlan:
     """A plan, edited or not, with the accuracy and the saving that it has by now.
 
-    What was tried is left out where it was tried on other data.
+    What was tried on other data is left out: the plan as it was planned gives other accuracies then.
     """
     accuracy = subject.evaluate(plan.apply(subject.model, units).eval())
     dense = subject.evaluate(subject.model)
     parameters = sum(parameter.numel() for parameter in subject.model.parameters())
-    if dense != plan.dense_accuracy:
+    planned = dataclasses.replace(plan, rows=tuple(dataclasses.replace(r, kept=r.planned) for r in plan.rows))
+    before = subject.evaluate(planned.apply(subject.model, units).eval()) if plan.edited else accuracy
+    if (dense, before) != (plan.dense_accuracy, plan.accuracy):
         plan = dataclasses.replace(plan, curves=(), sensitivity=(), walk=(), candidates=(), evaluations=0)
     if plan.edited:
         method = plan.method.removesuffix(EDITED) + EDITED

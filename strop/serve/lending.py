@@ -101,6 +101,9 @@ class Lendable(Mixed):
         request = flight.job.request
         return -(-request.prompt // self.block) - len(request.blocks)
 
+    def _leave(self, flight: Flight, said: tuple[int, ...]) -> None:
+        """As where instances decode alone: nobody is told of a tool's call."""
+
     def _hold(self, flight: Flight, anonymous: int) -> None:
         if not self.store.acquire(flight.job.request.blocks, anonymous, self.clock.now):
             raise ValueError(f"request {flight.job.request.id} was scheduled where there is no room")

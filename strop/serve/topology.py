@@ -7,6 +7,7 @@ latencies, NICs and links are ours.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -167,10 +168,13 @@ class Flat(Topology):
         require_amount("bandwidth", self.bandwidth)
         require_amount("rtt", self.rtt, zero=True)
         require_amount("memory", self.memory)
+        if not isinstance(self.pairs, tuple | list):
+            raise StropError(f"pairs is a list of links, got {quoted(self.pairs)}")
         seen = set()
         for pair in self.pairs:
-            ends = frozenset(pair[:2]) if isinstance(pair, tuple | list) and len(pair) == 4 else frozenset()
-            if len(ends) != 2 or not ends <= set(range(self.hosts)) or ends in seen:
+            known = isinstance(pair, tuple | list) and len(pair) == 4 and all(map(self._has, pair[:2]))
+            ends = frozenset(pair[:2]) if known else frozenset()
+            if len(ends) != 2 or ends in seen:
                 raise StropError(
                     f"each of pairs is two of the {self.hosts} hosts, a bandwidth and an rtt, and is there "
                     f"once, got {quoted(pair)}"
@@ -178,6 +182,9 @@ class Flat(Topology):
             seen.add(ends)
             require_amount("bandwidth of a pair", pair[2])
             require_amount("rtt of a pair", pair[3], zero=True)
+
+    def _has(self, host: Any) -> bool:
+        return isinstance(host, int) and 0 <= host < self.hosts
 
     @property
     def pods(self) -> int:

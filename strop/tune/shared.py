@@ -85,15 +85,21 @@ def reuse_methods(found: Sequence[Ask]) -> tuple[Method, ...]:
         pages = sum(_pages(len(document)) + 1 for document in documents) + _pages(own)
         pages = max(pages, *longest)
         tried += [Documents(page=PAGE, pages=pages), Documents(page=PAGE, pages=pages, repair=PAGE)]
-        if 2 * max(len(ask.documents) for ask in found) + 3 <= pages // 4:  # else packing serves too few
+        if _serves_packed(pages, max(len(ask.documents) for ask in found)):
             tried.append(Documents(page=PAGE, pages=pages, bits=PACKED))
     turns = [ask for ask in found if not ask.documents]
     if turns:
         pages = _blocks([turn.query for turn in turns]) + len(turns) * _pages(TIMED) + max(longest)
         half = max(pages // 2, *longest)
         tried += [Segments(page=PAGE, pages=count) for count in dict.fromkeys((pages, half))]
-        tried.append(Segments(page=PAGE, pages=pages, bits=PACKED))
+        if _serves_packed(pages, 0):
+            tried.append(Segments(page=PAGE, pages=pages, bits=PACKED))
     return tuple(tried)
+
+
+def _serves_packed(pages: int, documents: int) -> bool:
+    """Whether a quarter of the pages suffices for those of a prompt that are never packed, and one more."""
+    return 2 * documents + 2 < pages // 4
 
 
 def _blocks(texts: Iterable[tuple[int, ...]]) -> int:
