@@ -196,16 +196,16 @@ def test_half_the_waiting_must_be_seen_in_most_cells_and_is_told_of_the_median_o
 
 
 @pytest.mark.parametrize(("ahead", "verdict"), [(8, "reproduced"), (5, "partly"), (4, "not here")])
-def test_the_real_splitwise_is_judged_by_waiting_in_every_cell(ahead, verdict):
+def test_splitwise_that_lends_is_judged_by_waiting_in_every_cell(ahead, verdict):
     table = served({SPLITWISE: 40.0})
     for data, period in CELLS[:ahead]:
         table.where(plan=LENDING, data=data, period=period)[0]["wait"] = [20.0, 20.0]
     claim = waits_less_than_lending(TINY, table)
     assert claim.verdict == verdict and claim.interval == pytest.approx((0.5, 0.5))
-    assert LENDING in claim.claim and "judged beside the real Splitwise" in claim.reason
+    assert f"under {LENDING}, within the plan's places" in claim.claim
 
 
-def test_the_real_splitwise_runs_on_the_replicas_of_the_adapted_one(bed, measured):
+def test_splitwise_that_lends_runs_on_the_replicas_of_the_adapted_one(bed, measured):
     size = Workload(*LENGTHS["extended"])
     assert bed.plan(LENDING, size) == bed.plan(SPLITWISE, size)
     rows = [measured[0]["waiting"].where(plan=plan, period=PERIODS[0]) for plan in (LENDING, SPLITWISE)]

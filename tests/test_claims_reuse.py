@@ -1,5 +1,7 @@
 """Claims of LazyAttention: experiments run and repeat, controls behave; no hypothesis is tested."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,22 @@ def test_a_block_that_others_hold_or_nobody_wrote_is_not_unsealed(bed):
     store.release(blocks, [], 1.0)
     store.unseal(blocks[0])
     assert not store.sealed(blocks[0])
+
+
+@pytest.mark.parametrize("kind", (Copied, Turned))
+def test_sums_of_turned_pages_are_not_timed(bed, kind, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    one = reader(bed, kind, clock=lambda: clock.now)
+    one.first("?abc=", DOCUMENTS)
+    sealed = one.store.seal
+
+    def slow(*given):
+        clock.now += 100.0
+        sealed(*given)
+
+    monkeypatch.setattr(one.store, "seal", slow)
+    found = one.first("?abc=", DOCUMENTS[::-1])
+    assert one.summing >= 100 and found.first == found.arrived
 
 
 def test_one_document_at_the_start_needs_no_turn(bed):

@@ -143,11 +143,22 @@ def test_two_hosts_with_a_link_of_their_own_take_it_each_way_and_leave_the_switc
 
 
 @pytest.mark.parametrize(
-    "pair", [(0, 3, 1.0, 0.0), (0, 0.5, 1.0, 0.0), (1, 1, 1.0, 0.0), (0, 1, 1.0), (0, 1, 1, 0, 0), ()]
+    "pair",
+    [
+        (0, 3, 1.0, 0.0),
+        (0, 0.5, 1.0, 0.0),
+        (1, 1, 1.0, 0.0),
+        (0, 1, 1.0),
+        (0, 1, 1, 0, 0),
+        (),
+        ([0], 1, 1.0, 0.0),
+    ],
 )
 def test_a_pair_that_makes_no_sense_is_refused(pair):
     with pytest.raises(StropError, match="each of pairs is two of the 3 hosts"):
         Flat(hosts=3, pairs=(pair,))
+    with pytest.raises(StropError, match="pairs is a list of links, got 5"):
+        Flat(hosts=3, pairs=5)
 
 
 def test_frozen_shares_stay_as_they_were_found():

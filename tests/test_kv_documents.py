@@ -252,6 +252,8 @@ class TestRefusals:
             (lambda d: d.generate([], TEXTS), "a text is empty"),
             (lambda d: d.add([[]]), "a text is empty"),
             (lambda d: d.add("a document"), "documents come in a list"),
+            (lambda d: d.add(5), "documents come in a list"),
+            (lambda d: SegmentCache(tiny_model(NAME), pages=9).generate(3), "a text is a str or a sequence"),
             (lambda d: d.generate(QUERY, d.add(TEXTS[:1])[0]), "documents come in a list"),
             (lambda d: d.add([3]), "a text is a str or a sequence of token ids, not 3"),
             (lambda d: d.generate([1.5]), r"sequence of token ids, not \[1.5\]"),

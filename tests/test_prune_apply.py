@@ -75,6 +75,26 @@ def test_a_plan_that_is_applied_on_other_data_leaves_out_what_was_tried_on_its_o
     assert plan["evaluations"] == 0 and "models evaluated" not in page
 
 
+def test_other_data_of_the_same_dense_accuracy_is_other_data(place, done, tmp_path):
+    inputs = load_file(place / "data.safetensors")["images"]
+    images = (
+        inputs[torch.randperm(len(inputs), generator=torch.Generator().manual_seed(1))].flip(-1).contiguous()
+    )
+    with torch.no_grad():
+        labels = saved.load(place / "model")(images).argmax(-1)
+    save_file({"images": images, "labels": labels}, tmp_path / "data.safetensors")
+    words = ["--data", tmp_path / "data.safetensors", "--plan", done[0] / "prune.yaml"]
+    plan = said("prune", place / "model", *words, "-o", tmp_path / "out")["plan"]
+    assert plan["dense_accuracy"] == done[1]["plan"]["dense_accuracy"] == 1
+    assert plan["accuracy"] != done[1]["plan"]["accuracy"] and not plan["sensitivity"]
+
+
+def test_a_plans_seed_parts_the_data_and_no_other_is_taken(place, done, tmp_path):
+    words = ("--plan", done[0] / "prune.yaml", "--seed", 3)
+    assert "leave --seed out" in told_by(prune(place, tmp_path / "out", *words, code=2))
+    prune(place, tmp_path / "out", *words, "--recover", "finetune")
+
+
 def test_numbers_of_a_plan_that_were_spoilt_are_taken_from_the_model(place, done, tmp_path):
     data = yaml.safe_load((done[0] / "prune.yaml").read_text())
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(data | {"parameters": 0}))

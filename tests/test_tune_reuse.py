@@ -123,6 +123,8 @@ def test_long_documents_are_tried_packed():
         return [method.bits for method in shared.reuse_methods(asks)]
 
     assert bits(100) == [16, 16] and bits(300) == [16, 16, 4]
+    turn = shared.Ask((), (), (3,) * 20, None, None, (), 8)
+    assert {method.bits for method in shared.reuse_methods([turn])} == {16}, "too few pages to keep some open"
 
 
 def test_right_answers_behind_documents_count_for_the_drop(tmp_path):

@@ -184,7 +184,7 @@ class Flat(Topology):
             require_amount("rtt of a pair", pair[3], zero=True)
 
     def _has(self, host: Any) -> bool:
-        return isinstance(host, int) and 0 <= host < self.hosts
+        return isinstance(host, int | float) and host in range(self.hosts)
 
     @property
     def pods(self) -> int:
