@@ -102,7 +102,7 @@ def tables(bed) -> tuple[dict[str, Table], list[float]]:
 
 def test_every_claim_says_everything(tables):
     found = verdicts(tables[0], TINY)
-    require_whole(found, 11, "kvarn", bare=0)
+    require_whole(found, 11, "kvarn")
     assert all("CUDA" in claim.reason for claim in found if claim.verdict == "needs a GPU")
     assert json.loads(json.dumps(found[0].to_dict()))["details"][0]["method"] == "KIVI"
 

@@ -84,7 +84,7 @@ def tables(bed):
 
 
 def test_every_claim_says_everything(tables):
-    require_whole(verdicts(tables[0], TINY), 12, "asymcache", bare=0)
+    require_whole(verdicts(tables[0], TINY), 12, "asymcache")
 
 
 def test_progress_never_goes_back_and_ends_in_time(tables):
