@@ -49,7 +49,7 @@ def demo(study: dict[str, Any]) -> str:
         rows.append(
             [
                 f"**{row['label']}**" if row["chosen"] else row["label"],
-                f"{quality['ppl_rise']:.2%} (≤ {quality['ppl_rise_hi']:.2%})",
+                f"{quality['ppl_rise']:z.2%} (≤ {quality['ppl_rise_hi']:.2%})",
                 f"{quality['kl']:.4f}",
                 f"{memory['ratio']:.2f}",
                 f"{memory['kv_bits_per_element']:.1f}",

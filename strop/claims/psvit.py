@@ -101,7 +101,7 @@ def ahead(scale: Scale, plans: Table, other: str, least: float, paper_value: str
     """Accuracy of PSViT's plans above another way's at the same saving."""
     found = gap(plans, scale.events, "test", PSVIT, other)
     own, others = (lost(plans, scale.events, way).whole.mean for way in (PSVIT, other))
-    more = np.mean([np.subtract(row["saving"], row["matched"]) for row in plans.where(method=other)]).round(4)
+    more = np.mean([np.subtract(row["saving"], row["matched"]) for row in plans.where(method=other)])
     points = f"{least:g} points more" if least else "more"
     return plans.claim(
         plans.where(method=(DENSE, PSVIT, other)),
@@ -112,7 +112,7 @@ def ahead(scale: Scale, plans: Table, other: str, least: float, paper_value: str
         interval=found.whole.ends,
         verdict=above(found, least),
         reason=f"{ABOVE}; on images that planning did not see; the other saves as much where it can, here "
-        f"{100 * more + 0.0:+.2f}% in the mean, and asks for no accuracy",
+        f"{100 * more:+z.2f}% in the mean, and asks for no accuracy",
         **common(scale, scale.events, "psvit"),
     )
 
