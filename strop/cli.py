@@ -71,7 +71,9 @@ def root(
 def tune(
     model: Source,
     data: DataFile = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the results. Default: runs/NAME.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the results. Default: runs/NAME.")
+    ] = None,
     objective: Annotated[Objective, typer.Option(help="What to make small.")] = Objective.balanced,
     max_drop: Annotated[float, Drop] = "1%",  # type: ignore[assignment]
     batch: Batch = 1,

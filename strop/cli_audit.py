@@ -15,7 +15,7 @@ def audit(
     after: Annotated[
         str, typer.Argument(metavar="AFTER", help="The same model changed: a folder, or a recipe (.yaml).")
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the results.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the results.")],
     sae: Annotated[
         str | None,
         typer.Option(metavar="FOLDER", help="A sparse autoencoder of BEFORE. Default: bundled, or trained."),

@@ -58,7 +58,9 @@ def simulate(
     raw: Raw = False,
     skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over bad rows of the trace.")] = False,
     requests: Requests = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Write the results here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="Write the results here.")
+    ] = None,
     executor: OnExecutor = Executor.local,
     address: Address = None,
     workers: Workers = None,

@@ -31,7 +31,9 @@ def plan(
     min_tps: Annotated[float, typer.Option(min=0, metavar="N", help="Least tokens/s of a request.")] = 7.0,
     kind: Annotated[Planner, typer.Option("--planner", help="How to search.")] = Planner("auto"),  # noqa: B008
     min_replicas: Annotated[int, typer.Option(min=1, metavar="N", help="Least replicas of a role.")] = 1,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the plan here (.yaml).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the plan here (.yaml).")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -68,7 +70,9 @@ def plan(
 
 def profile(
     model: Source,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the entry here (.yaml).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write the entry here (.yaml).")
+    ] = None,
     name: Annotated[
         str | None, typer.Option(metavar="NAME", help="Of the device. Default: its host's.")
     ] = None,

@@ -23,7 +23,7 @@ def root() -> None:
 @train.command(epilog="Example: strop train drafter --target zoo:coder --data code.txt --out runs/drafter")
 def drafter(
     target: Annotated[str, typer.Option(metavar="MODEL", help="Whom to draft for: zoo:NAME or a folder.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The drafter's folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The drafter's folder.")],
     data: DataFile = None,
     layers: Annotated[int, typer.Option(min=1, metavar="N", help="Layers of the drafter.")] = 2,
     block: Annotated[int, typer.Option(min=2, metavar="N", help="Tokens of a block, its first known.")] = 8,
@@ -76,7 +76,7 @@ def drafter(
 @train.command(epilog="Example: strop train sae --target zoo:coder --data code.txt --out runs/sae")
 def sae(
     target: Annotated[str, typer.Option(metavar="MODEL", help="Whose stream: zoo:NAME or a folder.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The autoencoder's folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="The autoencoder's folder.")],
     data: DataFile = None,
     layer: Annotated[
         int | None, typer.Option(min=0, metavar="N", help="Behind which layer. Default: the middle.")

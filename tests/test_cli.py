@@ -13,6 +13,7 @@ import torch
 from report_study import make_study
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import strop.claims
@@ -96,6 +97,20 @@ def tuned(monkeypatch) -> Recorder:
 
 
 # What every verb shares
+
+
+def test_whatever_writes_takes_the_same_option():
+    def verbs(command):
+        return (
+            [one for sub in command.commands.values() for one in verbs(sub)]
+            if hasattr(command, "commands")
+            else [command]
+        )
+
+    found = [
+        option.opts for verb in verbs(get_command(app)) for option in verb.params if option.name == "out"
+    ]
+    assert len(found) >= 8 and all(opts == ["--out", "-o"] for opts in found)
 
 
 @pytest.mark.parametrize("verb", VERBS)
