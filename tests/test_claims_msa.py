@@ -46,7 +46,7 @@ def measured(bed):
 
 def test_every_claim_has_a_verdict_and_plain_details(measured):
     tables, shares, steps = measured
-    require_whole(msa.PAPER.verdicts(tables, SMALL), 7, "asymcache", seeds=2)
+    require_whole(msa.PAPER.verdicts(tables, SMALL), 7, "asymcache", seeds=(2,))
     require_steady(shares, steps)
 
 

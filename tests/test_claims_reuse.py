@@ -71,7 +71,7 @@ def measured(bed):
 
 def test_every_claim_has_a_verdict_and_plain_details(measured):
     tables, shares, steps = measured
-    require_whole(lazyattention.PAPER.verdicts(tables, TINY), 9, "lazyattention", seeds=2)
+    require_whole(lazyattention.PAPER.verdicts(tables, TINY), 9, "lazyattention", seeds=(2,))
     require_steady(shares, steps)
 
 
